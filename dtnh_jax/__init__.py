@@ -1,0 +1,19 @@
+"""Fine-tuning with regularizers that never work against the loss."""
+
+from dtnh_jax import regularizers, rules
+from dtnh_jax._protect import ConflictState
+from dtnh_jax._resolve import add_regularizer, dtnh, resolve_conflicts
+from dtnh_jax.gradients import GradientPair, value_and_gradient_pair
+from dtnh_jax.metrics import conflict_metrics
+
+__all__ = [
+    "ConflictState",
+    "GradientPair",
+    "add_regularizer",
+    "conflict_metrics",
+    "dtnh",
+    "regularizers",
+    "resolve_conflicts",
+    "rules",
+    "value_and_gradient_pair",
+]

@@ -1,0 +1,237 @@
+"""The regularizer's part of an update: what a rule leaves of its gradient.
+
+With `x` the gradient that is protected and `y` the scaled one of the regularizer, a
+rule's update `w[0] * x + w[1] * y` is `x` plus a part `(w[0] - 1) * x + w[1] * y` that
+is the regularizer's. Only that part is computed here, as a multiple of `x / ||x||` and
+one of `y`, which stay in range where `||y|| / ||x||` does not.
+
+Shape letters: L leaves, G groups.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from dtnh_jax import _scopes, _trees, rules
+from dtnh_jax._scopes import Geometry
+
+NAMED_SCOPES = ("global", "leaf", "unit", "element")
+Scope = str | PyTree[str] | Callable[[PyTree], PyTree[str]]
+
+# Relative to its summands, a sum below this is their rounding: the two cancel.
+_ROUNDING = 1e-6
+# Sums over many parameters leave this much of a square uncertain.
+_UNCERTAIN = 1e-5
+# A ratio of lengths beyond this one is as good as infinite in single precision.
+_SMALLEST_RATIO = 1e-15
+
+
+class Part(NamedTuple):
+    """The regularizer's part of an update, and what a log wants to know about it."""
+
+    leaves: list[Array]  # at least single precision, with the strength
+    is_whole: list[Bool[Array, "..."]]  # where nothing was taken from the regularizer
+    norm: Float[Array, "L"]  # of each leaf of the part, before the trust ratio
+    conflict: Float[Array, "L"]  # share of each leaf that was in conflict
+
+
+def check_scope(scope: Any) -> None:
+    """Raises ValueError for a name that is no scope, TypeError for no scope at all."""
+    if isinstance(scope, str) and scope not in NAMED_SCOPES:
+        raise ValueError(
+            f"`scope` must be one of {', '.join(NAMED_SCOPES)}, or a tree of labels, "
+            f"or a function from the parameters to one, got {scope!r}."
+        )
+    if scope is None or isinstance(scope, (int, float)):
+        raise TypeError(
+            f"`scope` must be a name, a tree of labels or a function, got {scope!r}."
+        )
+
+
+def labels_of(scope: Scope, tree: PyTree, at: list[int]) -> list[str] | None:
+    """The labels of some leaves of `tree`, or None where the scope is a named one."""
+    if isinstance(scope, str):
+        return None
+    labels = scope(tree) if callable(scope) else scope
+    spread = _trees.prefix_leaves(labels, tree, "scope")
+    return [spread[i] for i in at] if spread else []
+
+
+def resolve(
+    xs: list[Array],
+    get_ys: Callable[[], list[Array]],
+    strength: Float[Array, ""],
+    rule: rules.Rule,
+    scope: Scope,
+    labels: list[str] | None,
+    trust_ratio: Any | None,
+    leaves: Geometry,
+) -> Part:
+    """Applies a rule in every group of a scope.
+
+    Args:
+      xs: L arrays, the gradient that is protected.
+      get_ys: returns L arrays, the regularizer's gradient before `strength`; see
+        `measure_leaves`.
+      strength: factor of `ys`.
+      rule: maps Gram matrices to weights.
+      scope: one of `NAMED_SCOPES`, or anything where `labels` are given.
+      labels: L labels, or None for a named scope.
+      trust_ratio: bound of the part's norm over that of `x`, per group.
+      leaves: the geometry `[L]` of `xs` and `ys`.
+
+    Returns:
+      The part, all groups together.
+    """
+    if not xs:
+        return Part([], [], jnp.zeros([0]), jnp.zeros([0]))
+    leaves = leaves._replace(y_norm=leaves.y_norm * strength)
+    if scope == "element":
+        resolve_leaf = _resolve_elements
+    elif scope == "unit":
+        resolve_leaf = _resolve_units
+    else:
+        index, member = membership(scope, labels, len(xs))
+        return _resolve_groups(
+            xs, get_ys(), strength, rule, trust_ratio, leaves, index, member
+        )
+    resolved = [
+        resolve_leaf(x, y, strength, rule, trust_ratio, Geometry(*leaf))
+        for x, y, *leaf in zip(xs, get_ys(), *map(jnp.unstack, leaves))
+    ]
+    parts, is_whole, norms, conflicts = zip(*resolved)
+    return Part(list(parts), list(is_whole), jnp.stack(norms), jnp.stack(conflicts))
+
+
+def _resolve_groups(
+    xs, ys, strength, rule, trust_ratio, leaves: Geometry, index, member
+) -> Part:
+    """Groups of whole leaves: the rule works on a vector with an entry per group."""
+    groups = _scopes.merge(leaves, member)
+    plan = _plan(groups, rule)
+    share = leaves.x_norm * _scopes.reciprocal(groups.x_norm)[index]
+    norms = _part_norm(leaves, Plan(plan.along[index] * share, plan.kept[index]))
+    if trust_ratio is not None:
+        norm = _part_norm(groups, plan, _UNCERTAIN)
+        plan = _bounded(plan, norm, trust_ratio * groups.x_norm)
+    columns = [
+        plan.along,
+        _scopes.reciprocal(groups.x_norm),
+        plan.kept * strength,
+        (plan.along == 0) & (plan.kept == 1),
+    ]
+    # Without the barrier XLA works these vectors out anew in the loop of every leaf.
+    columns = jax.lax.optimization_barrier(columns)
+    rows = list(zip(*[list(jnp.unstack(column)) for column in columns]))
+    parts, is_whole = [], []
+    for g, x, y in zip(index, xs, ys):
+        along, by, kept, whole = rows[g]
+        x, y = _trees.as_float32(x), _trees.as_float32(y)
+        parts.append(_sum(along * (by * x), kept * y))
+        is_whole.append(whole)
+    conflict = (groups.cosine < 0).astype(jnp.float32)
+    return Part(parts, is_whole, norms, conflict[index])
+
+
+def _resolve_units(x, y, strength, rule, trust_ratio, leaf: Geometry) -> tuple:
+    """Output channels of one leaf: the rule works on a vector with an entry of each."""
+    del leaf
+    units = _scopes.measure_units(x, y)
+    units = units._replace(y_norm=units.y_norm * strength)
+    plan = _plan(units, rule)
+    norm = _scopes.norm(_part_norm(units, plan))
+    if trust_ratio is not None:
+        unit_norms = _part_norm(units, plan, _UNCERTAIN)
+        plan = _bounded(plan, unit_norms, trust_ratio * units.x_norm)
+    x, y = _trees.as_float32(x), _trees.as_float32(y)
+    part = _sum(
+        plan.along * (_scopes.reciprocal(units.x_norm) * x), plan.kept * strength * y
+    )
+    is_whole = (plan.along == 0) & (plan.kept == 1)
+    return part, is_whole, norm, jnp.mean(units.cosine < 0)
+
+
+def _resolve_elements(x, y, strength, rule, trust_ratio, leaf: Geometry) -> tuple:
+    """Numbers of one leaf, each by itself: lengths and sums need no square root."""
+    x, y = _trees.as_float32(x), strength * _trees.as_float32(y)
+    elements = _scopes.measure_elements(x, y)
+    plan = _plan(elements, rule)
+    part = _sum(plan.along * jnp.sign(x), plan.kept * y)
+    # The part of a number is seldom longer than both gradients: a safe unit of length.
+    unit = jnp.maximum(leaf.x_norm, leaf.y_norm)
+    squares = jnp.square(jnp.abs(part * _scopes.reciprocal(unit)))
+    norm = unit * jnp.sqrt(jnp.sum(squares))
+    is_whole = (plan.along == 0) & (plan.kept == 1)
+    if trust_ratio is not None:  # one number has no length but its own: per leaf
+        shrink = _shrink(norm, trust_ratio * leaf.x_norm)
+        part, is_whole = shrink * part, is_whole & (shrink == 1)
+    return part, is_whole, norm, jnp.mean(elements.cosine < 0)
+
+
+class Plan(NamedTuple):
+    """The regularizer's part in coordinates: `along * x / ||x|| + kept * y`."""
+
+    along: Float[Array, "..."]
+    kept: Float[Array, "..."]
+
+
+def membership(
+    scope: Scope, labels: list[str] | None, leaves: int
+) -> tuple[Int[np.ndarray, "L"], Bool[np.ndarray, "G L"]]:
+    """Returns the group of each leaf, and the same as a table."""
+    if labels is not None:
+        index = np.unique(np.array(labels, str), return_inverse=True)[1]
+    elif scope == "leaf":
+        index = np.arange(leaves)
+    else:
+        index = np.zeros(leaves, int)
+    return index, np.arange(index.max(initial=-1) + 1)[:, None] == index[None, :]
+
+
+def _plan(group: Geometry, rule: rules.Rule) -> Plan:
+    """Asks the rule, about gradients that are scaled so that their squares exist."""
+    largest = jnp.maximum(group.x_norm, group.y_norm)
+    by = _scopes.reciprocal(largest)
+    x, y = [
+        jnp.where(n == 0, 0, jnp.maximum(n * by, _SMALLEST_RATIO))
+        for n in (group.x_norm, group.y_norm)
+    ]
+    weights = rule(rules.Entries(x * x, x * y * group.cosine, y * y))
+    return Plan((weights[..., 0] - 1) * x * largest, weights[..., 1])
+
+
+def _part_norm(group: Geometry, plan: Plan, uncertain: float = 0.0) -> Array:
+    """The length of the part; `uncertain` is the share of squares that may be lost."""
+    along, kept = plan.along, plan.kept * group.y_norm
+    largest = jnp.maximum(jnp.abs(along), jnp.abs(kept))
+    a, b = [value * _scopes.reciprocal(largest) for value in (along, kept)]
+    squares = a * a + b * b
+    square = squares + 2 * a * b * group.cosine
+    return largest * jnp.sqrt(jnp.maximum(square, uncertain * squares))
+
+
+def _bounded(plan: Plan, part_norm: Array, limit: Array) -> Plan:
+    """Shrinks a plan until the norm of the part that it makes is at most `limit`.
+
+    Where the part's two summands cancel, its norm is known no better than to rounding:
+    a bound that trusted a smaller value would let a huge regularizer's rounding
+    through, so `part_norm` errs on the large side.
+    """
+    shrink = _shrink(part_norm, limit)
+    return Plan(plan.along * shrink, plan.kept * shrink)
+
+
+def _shrink(norm: Array, limit: Array) -> Array:
+    """The factor, at most 1, that brings a norm down to a limit."""
+    return jnp.where(norm > limit, limit * _scopes.reciprocal(norm), 1)
+
+
+def _sum(along: Array, kept: Array) -> Array:
+    """`along + kept`, with an exact zero where the two cancel but for rounding."""
+    part = along + kept
+    rounding = _ROUNDING * (jnp.abs(along) + jnp.abs(kept))
+    return jnp.where(jnp.abs(part) <= rounding, 0, part)

@@ -1,0 +1,142 @@
+"""From two trees to the regularizer's part: what every transformation does first."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Int, PyTree
+
+from dtnh_jax import _part, _scopes, _trees, metrics
+from dtnh_jax._options import Options
+
+
+class ConflictState(NamedTuple):
+    """State of a transformation that resolves conflicts."""
+
+    # Updates so far with a finite loss gradient, as under `optax.apply_if_finite`.
+    step: Int[Array, ""]
+    # The moving average of the loss gradient, from zero; None where none is kept.
+    reference: PyTree
+    # Of the last update; a dict by name where there are several regularizers.
+    metrics: metrics.ConflictMetrics | dict[str, metrics.ConflictMetrics]
+
+
+class RegularizerPart(NamedTuple):
+    """What one regularizer adds to the update, leaf by leaf."""
+
+    leaves: list[Array]  # after resolution, at least in single precision
+    scaled: list[Array]  # before it: strength times the gradient
+    is_whole: list[Bool[Array, "..."]]  # where the two are the same
+    is_finite: Bool[Array, ""]  # whether any of this can be used
+
+
+def init_state(options: Options, params: optax.Params) -> ConflictState:
+    """Returns the state before the first update."""
+    layout = _trees.layout(params, [], options.mask, params)
+    reference = None
+    if options.reference_decay is not None:
+        zeros = [jnp.zeros_like(x, _trees.single(x)) for x in layout.xs]
+        reference = layout.scatter(zeros, others=optax.MaskedNode())
+    labels = _part.labels_of(options.scope, params, layout.at)
+    groups = len(layout.at if labels is None else set(labels))
+    return ConflictState(
+        jnp.zeros([], jnp.int32),
+        reference,
+        options.join({name: metrics.initial(groups) for name in options.strengths}),
+    )
+
+
+def regularizer_parts(
+    options: Options,
+    loss: optax.Updates,
+    getters: Mapping[str, Callable[[], optax.Updates]],
+    state: ConflictState,
+    params: optax.Params | None,
+) -> tuple[_trees.Layout, list[RegularizerPart], ConflictState]:
+    """Resolves every regularizer against the loss.
+
+    Args:
+      options: of the transformation.
+      loss: gradient of the loss.
+      getters: for each regularizer a function that returns its gradient. It is called
+        more than once, so that what is in closed form is never kept in memory.
+      state: before the update.
+      params: the parameters, for masks and labels that are functions of them.
+
+    Returns:
+      The layout of the leaves that take part, a part for each regularizer, and the
+      state after the update.
+    """
+    params = loss if params is None else params
+    trees = {name: get() for name, get in getters.items()}
+    layout = _trees.layout(loss, list(trees.values()), options.mask, params)
+    labels = _part.labels_of(options.scope, params, layout.at)
+    sizes = [x.size for x in layout.xs]
+    _, member = _part.membership(options.scope, labels, len(sizes))
+
+    parts, by_name = [], {}
+    average = protected = None
+    is_loss_finite = jnp.array(True)
+    for name, get in getters.items():
+        strength = options.strength_at(name, state.step)
+
+        def get_ys(get=get):
+            return layout.gather(get(), "regularizer_grads")
+
+        seen = leaves = _scopes.measure_leaves(layout.xs, get_ys, member)
+        is_loss_finite = jnp.all(jnp.isfinite(leaves.x_norm))
+        if options.reference_decay is None:
+            protected = layout.xs
+        else:
+            if protected is None:
+                average, protected = _moving_average(
+                    layout, state, options.reference_decay, is_loss_finite
+                )
+            seen = _scopes.measure_leaves(protected, get_ys, member)
+        part = _part.resolve(
+            protected,
+            get_ys,
+            strength.astype(leaves.y_norm.dtype),
+            options.rule,
+            options.scope,
+            labels,
+            options.trust_ratio,
+            seen,
+        )
+        is_finite = jnp.all(jnp.isfinite(strength * leaves.y_norm))
+        skipped = options.by_name(state.metrics, "state.metrics")[name].skipped
+        by_name[name] = metrics.measured(
+            leaves,
+            strength,
+            part,
+            sizes,
+            labels,
+            skipped + jnp.where(is_finite, 0, 1),
+        )
+        parts.append(
+            RegularizerPart(
+                part.leaves,
+                [strength.astype(y.dtype) * y for y in get_ys()],
+                part.is_whole,
+                is_finite & is_loss_finite,
+            )
+        )
+    reference = state.reference
+    if average is not None:
+        reference = layout.scatter(average, onto=state.reference)
+    step = jnp.where(is_loss_finite, optax.safe_increment(state.step), state.step)
+    return layout, parts, ConflictState(step, reference, options.join(by_name))
+
+
+def _moving_average(
+    layout: _trees.Layout, state: ConflictState, decay, usable: Bool[Array, ""]
+) -> tuple[list[Array], list[Array]]:
+    """Returns the new moving average of the loss gradient, raw and without its bias."""
+    old = layout.pick(state.reference)
+    new = [
+        jnp.where(usable, decay * m + (1 - decay) * _trees.as_float32(x), m)
+        for m, x in zip(old, layout.xs)
+    ]
+    unbias = 1 / (1 - jnp.asarray(decay, jnp.float32) ** (state.step + 1))
+    return new, [m * unbias for m in new]

@@ -1,0 +1,238 @@
+"""The transformations that add a regularizer's gradient to the loss gradient."""
+
+from collections.abc import Callable, Mapping
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from dtnh_jax import _trees, rules
+from dtnh_jax._options import Mask, Number, Options, Strength
+from dtnh_jax._part import Scope
+from dtnh_jax._protect import ConflictState, init_state, regularizer_parts
+from dtnh_jax.regularizers import WeightRegularizer, check_weight_regularizer
+
+
+def dtnh(
+    strength: Strength | Mapping[str, Strength],
+    *,
+    scope: Scope = "global",
+    reference_decay: Number | None = None,
+    trust_ratio: Number | None = None,
+    mask: Mask | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Adds a regularizer's gradient, less the part of it that works against the loss.
+
+    With `g` the gradient of the loss, `r` that of the regularizer and `strength` its
+    factor, the update is
+
+    `g + strength * (r - min(0, <g, r>) / ||g||^2 * g)`.
+
+    Where the two agree that is the gradient of `loss + strength * regularizer`; where
+    they conflict it is the nearest direction that lowers the loss as fast as `g`.
+
+    Args:
+      strength: factor of the regularizer, at least 0: a number, a schedule of the
+        step, or a dict of these by the names of several regularizers.
+      scope: over what inner products run: `"global"` (the paper), `"leaf"`, `"unit"`
+        (one output channel: all axes but the last), `"element"`, or labels of the
+        parameters, a tree or a function as `optax.partition` takes them. A finer
+        scope implies the guarantees of every coarser one.
+      reference_decay: protect the moving average of the loss gradient with this decay
+        per step, instead of the gradient of this mini-batch.
+      trust_ratio: at most how long the regularizer's part of the update may be, as a
+        multiple of the protected gradient's norm in the same group (per leaf at
+        element scope).
+      mask: a tree of bools, or a function of the parameters to one, as in
+        `optax.masked`. Leaves that are masked out get the loss gradient alone and take
+        no part in inner products.
+
+    Returns:
+      A transformation of a `GradientPair`, or of the loss gradient with the other one
+      as the keyword `regularizer_grads`. What it returns is like the loss gradient.
+
+    Raises:
+      ValueError: for values that are out of range or trees that do not match.
+      TypeError: for arguments of another kind.
+
+    Example:
+      >>> from dtnh_jax import GradientPair, dtnh
+      >>> tx = optax.chain(dtnh(strength=1.0), optax.sgd(1.0))
+      >>> params = jnp.zeros(2)
+      >>> g, r = jnp.array([1.0, 0.0]), jnp.array([-1.0, 2.0])
+      >>> updates, state = tx.update(GradientPair(g, r), tx.init(params), params)
+      >>> print(updates)  # what `r` had against `g` is gone, the rest is kept
+      [-1. -2.]
+
+    References:
+      Wan et al., 2019, https://arxiv.org/abs/1911.07489
+    """
+    return resolve_conflicts(
+        rules.dtnh,
+        strength,
+        scope=scope,
+        reference_decay=reference_decay,
+        trust_ratio=trust_ratio,
+        mask=mask,
+    )
+
+
+def resolve_conflicts(
+    rule: rules.Rule,
+    strength: Strength | Mapping[str, Strength],
+    *,
+    scope: Scope = "global",
+    reference_decay: Number | None = None,
+    trust_ratio: Number | None = None,
+    mask: Mask | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Adds a regularizer's gradient to the loss gradient, as far as `rule` allows.
+
+    With `g` the loss gradient, `m` the gradient that is protected (`g`, or with
+    `reference_decay` its moving average) and `r` the regularizer's gradient times
+    `strength`, the update is `g + (w[0] - 1) * m + w[1] * r`, where `w = rule(G)` and
+    `G` is the Gram matrix of `(m, r)` in each group of `scope`.
+
+    Inner products are summed in float32. A regularizer gradient that is not finite is
+    left out of that update and counted in `conflict_metrics`; a loss gradient that is
+    not finite is passed on as it is, for `optax.apply_if_finite` to see. Several
+    regularizers are resolved each on its own and then added.
+
+    Average gradients over devices and micro-batches before this transformation, clip
+    them after it: rules are not linear.
+
+    Args:
+      rule: maps Gram matrices `[..., 2, 2]` to weights `[..., 2]`; see
+        `dtnh_jax.rules`.
+      strength: as in `dtnh`.
+      scope: as in `dtnh`.
+      reference_decay: as in `dtnh`.
+      trust_ratio: as in `dtnh`.
+      mask: as in `dtnh`.
+
+    Returns:
+      A transformation like that of `dtnh`.
+
+    Raises:
+      ValueError: for values that are out of range or trees that do not match.
+      TypeError: for arguments of another kind.
+
+    Example:
+      >>> from dtnh_jax import resolve_conflicts, rules
+      >>> tx = resolve_conflicts(rules.weighted_sum, strength=0.5, scope="leaf")
+      >>> g, r = {"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([-1.0, 2.0])}
+      >>> updates, state = tx.update(g, tx.init(g), regularizer_grads=r)
+      >>> print(updates["w"])
+      [0.5 1. ]
+    """
+    options = Options.checked(rule, strength, scope, reference_decay, trust_ratio, mask)
+
+    def init(params):
+        return init_state(options, params)
+
+    def update(updates, state, params=None, *, regularizer_grads=None, **extra_args):
+        del extra_args
+        pair = _trees.split_pair(updates, regularizer_grads)
+        getters = options.by_name(pair.regularizer, "regularizer_grads")
+        getters = {name: lambda r=r: r for name, r in getters.items()}
+        return _add_parts(options, pair.loss, getters, state, params)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def add_regularizer(
+    regularizer: WeightRegularizer | Mapping[str, WeightRegularizer],
+    strength: Strength | Mapping[str, Strength],
+    *,
+    rule: rules.Rule | None = None,
+    scope: Scope = "global",
+    reference_decay: Number | None = None,
+    trust_ratio: Number | None = None,
+    mask: Mask | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Adds the gradient of a regularizer of the weights to plain gradients.
+
+    It stands in a chain where `optax.add_decayed_weights` would. The regularizer's
+    gradient is computed from the parameters in closed form, without a backward pass.
+
+    Args:
+      regularizer: of the weights, see `dtnh_jax.regularizers`, or a dict of several.
+      strength: factor of the regularizer, as in `dtnh`; a dict with the same keys
+        where there are several.
+      rule: how conflicts are resolved; `rules.dtnh` by default.
+      scope: as in `dtnh`.
+      reference_decay: as in `dtnh`.
+      trust_ratio: as in `dtnh`.
+      mask: as in `dtnh`.
+
+    Returns:
+      A transformation of the loss gradient. Its `update` needs `params`.
+
+    Raises:
+      ValueError: for values that are out of range or trees that do not match.
+      TypeError: for arguments of another kind.
+
+    Example:
+      >>> from dtnh_jax import add_regularizer
+      >>> from dtnh_jax.regularizers import l2_sp
+      >>> params = {"w": jnp.array([1.0, 2.0])}
+      >>> pull = add_regularizer(l2_sp(params), strength=0.1)
+      >>> tx = optax.chain(pull, optax.sgd(0.1))
+      >>> state = tx.init(params)
+      >>> grads = {"w": jnp.array([1.0, 1.0])}
+      >>> updates, state = tx.update(grads, state, params)
+    """
+    options = Options.checked(
+        rules.dtnh if rule is None else rule,
+        strength,
+        scope,
+        reference_decay,
+        trust_ratio,
+        mask,
+    )
+    regularizers = options.by_name(regularizer, "regularizer")
+    for value in regularizers.values():
+        check_weight_regularizer(value)
+
+    def init(params):
+        return init_state(options, params)
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        if params is None:
+            raise ValueError(
+                "`params` must be given to `update`, because the regularizer's "
+                "gradient is computed from them, got None."
+            )
+        getters = {
+            name: lambda each=each: each.gradient(params)
+            for name, each in regularizers.items()
+        }
+        return _add_parts(options, updates, getters, state, params)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _add_parts(
+    options: Options,
+    loss: optax.Updates,
+    getters: Mapping[str, Callable[[], optax.Updates]],
+    state: ConflictState,
+    params: optax.Params | None,
+) -> tuple[optax.Updates, ConflictState]:
+    """The update of every transformation here: the loss gradient plus what is left."""
+    layout, parts, state = regularizer_parts(options, loss, getters, state, params)
+    updates = layout.xs
+    for part in parts:
+        added = [
+            _add(x, *each)
+            for x, *each in zip(updates, part.leaves, part.scaled, part.is_whole)
+        ]
+        updates = [jnp.where(part.is_finite, new, x) for new, x in zip(added, updates)]
+    return layout.scatter(updates), state
+
+
+def _add(x: Array, part: Array, scaled: Array, is_whole: Array) -> Array:
+    """`x + scaled` bit by bit where nothing was resolved, else rounded only once."""
+    rounded = (_trees.as_float32(x) + part).astype(x.dtype)
+    return jnp.where(is_whole, x + scaled.astype(x.dtype), rounded)

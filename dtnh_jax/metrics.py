@@ -1,0 +1,177 @@
+"""What the last update saw and did: cosines, conflicts, norms."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from dtnh_jax import _scopes
+from dtnh_jax._part import Part, membership
+from dtnh_jax._scopes import Geometry
+
+
+class GroupMetrics(NamedTuple):
+    """The metrics of each leaf of the parameters, or of each label in sorted order."""
+
+    cosine: Float[Array, "groups"]
+    conflict: Float[Array, "groups"]
+    loss_norm: Float[Array, "groups"]
+    regularizer_norm: Float[Array, "groups"]
+    removed: Float[Array, "groups"]
+
+
+class ConflictMetrics(NamedTuple):
+    """What the last update saw and did with one regularizer; see `conflict_metrics`."""
+
+    cosine: Float[Array, ""]
+    conflict: Float[Array, ""]
+    loss_norm: Float[Array, ""]
+    regularizer_norm: Float[Array, ""]
+    removed: Float[Array, ""]
+    skipped: Int[Array, ""]
+    groups: GroupMetrics
+
+
+def initial(groups: int) -> ConflictMetrics:
+    """Metrics before the first update, with the shapes of all later ones."""
+    return _metrics(
+        [jnp.zeros([1], jnp.float32)] * 5,
+        jnp.zeros([], jnp.int32),
+        [jnp.zeros([groups], jnp.float32)] * 5,
+    )
+
+
+def measured(
+    leaves: Geometry,
+    strength: Float[Array, ""],
+    part: Part,
+    sizes: list[int],
+    labels: list[str] | None,
+    skipped: Int[Array, ""],
+) -> ConflictMetrics:
+    """Metrics of an update.
+
+    Args:
+      leaves: geometry `[leaves]` of the gradients of loss and regularizer.
+      strength: factor of the regularizer's.
+      part: what the rule left of it.
+      sizes: how many parameters each leaf has.
+      labels: of the leaves, where `GroupMetrics` are by label.
+      skipped: how many updates had to do without the regularizer so far.
+    """
+
+    def gather(member) -> list[Array]:
+        joined = _scopes.merge(leaves, member)
+        kept, _ = _scopes.hypot(jnp.where(member, part.norm[None, :], 0))
+        weights = member * np.array(sizes, np.float32)[None, :]
+        weights = weights / np.maximum(weights.sum(axis=1, keepdims=True), 1)
+        conflict = jnp.sum(weights * part.conflict[None, :], axis=1)
+        regularizer_norm = strength * joined.y_norm
+        removed = 1 - kept * _scopes.reciprocal(regularizer_norm)
+        removed = jnp.where(regularizer_norm > 0, jnp.clip(removed, 0, 1), 0)
+        # Of what is not finite the norms tell; a log of the rest stays readable.
+        cosine, removed = [
+            jnp.where(jnp.isfinite(field), field, 0)
+            for field in (joined.cosine, removed)
+        ]
+        fields = [cosine, conflict, joined.x_norm, regularizer_norm, removed]
+        return [field.astype(jnp.float32) for field in fields]
+
+    together = np.ones([1, len(sizes)], bool)
+    _, groups = membership("leaf", labels, len(sizes))
+    return _metrics(gather(together), skipped, gather(groups))
+
+
+def _metrics(
+    whole: list[Float[Array, "1"]],
+    skipped: Int[Array, ""],
+    groups: list[Float[Array, "groups"]],
+) -> ConflictMetrics:
+    cosine, conflict, loss_norm, regularizer_norm, removed = [x[0] for x in whole]
+    return ConflictMetrics(
+        cosine,
+        conflict,
+        loss_norm,
+        regularizer_norm,
+        removed,
+        skipped,
+        GroupMetrics(*groups),
+    )
+
+
+def conflict_metrics(
+    opt_state: optax.OptState, *, per_group: bool = False
+) -> dict[str, Any]:
+    """What the last update saw and did, from wherever it is in an optimizer's state.
+
+    Args:
+      opt_state: state of any optimizer with one of this library's transformations in
+        it: chained, masked, partitioned, accumulated, with injected hyperparameters,
+        or NNX's.
+      per_group: return each leaf's metrics `[leaves]`, in the order of the leaves of
+        the parameters that take part, or each label's `[labels]`, in sorted order.
+
+    Returns:
+      Scalars by name:
+        `cosine` of the two whole gradients;
+        `conflict`, the share of the groups in conflict, weighted by parameters;
+        `loss_norm`, the norm of the loss gradient;
+        `regularizer_norm`, that of the regularizer's, times its strength;
+        `removed`, the share of the regularizer's norm that resolution took away;
+        `skipped`, how many updates so far had to leave out a regularizer gradient
+        that was not finite (not with `per_group`).
+      With several regularizers, a dict of these by their names. With several
+      transformations, as in `optax.partition`, a dict of these by their place.
+
+    Raises:
+      ValueError: if there is no such transformation in the state.
+
+    Example:
+      >>> from dtnh_jax import GradientPair, dtnh
+      >>> tx = optax.chain(dtnh(strength=1.0), optax.adam(1e-3))
+      >>> pair = GradientPair(jnp.array([1.0, 0.0]), jnp.array([-3.0, 4.0]))
+      >>> _, state = tx.update(pair, tx.init(jnp.zeros(2)))
+      >>> metrics = conflict_metrics(state)
+      >>> print(f"{metrics['cosine']:.1f} {metrics['removed']:.1f}")
+      -0.6 0.2
+    """
+    found, _ = jax.tree.flatten_with_path(opt_state, is_leaf=_is_metrics)
+    by_place: dict[str, dict[str, Any]] = {}
+    for path, value in found:
+        if not isinstance(value, ConflictMetrics):
+            continue
+        field = max(i for i, key in enumerate(path) if _name(key) == "metrics")
+        place = "/".join(_name(key) for key in path[:field])
+        name = "/".join(_name(key) for key in path[field + 1 :])
+        fields = value.groups if per_group else value
+        by_place.setdefault(place, {})[name] = {
+            key: _plain(entry)
+            for key, entry in fields._asdict().items()
+            if key != "groups"
+        }
+    if not by_place:
+        raise ValueError(
+            "`opt_state` must hold the state of a transformation of dtnh_jax, got "
+            f"none in a {type(opt_state).__name__}."
+        )
+    places = {
+        place: names[""] if set(names) == {""} else names
+        for place, names in by_place.items()
+    }
+    return places if len(places) > 1 else next(iter(places.values()))
+
+
+def _is_metrics(node: Any) -> bool:
+    return isinstance(node, ConflictMetrics)
+
+
+def _name(key: Any) -> str:
+    return jax.tree_util.keystr((key,), simple=True)
+
+
+def _plain(entry: Any) -> Array:
+    """An array, also where NNX has wrapped it into a variable."""
+    return entry.get_value() if hasattr(entry, "get_value") else entry

@@ -1,0 +1,246 @@
+"""What DTNH promises, on trees of any structure and scale."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from trees import lengths, pairs
+
+from dtnh_jax import GradientPair, dtnh, resolve_conflicts, rules
+
+SCOPES = ["global", "leaf", "unit", "element"]
+each_scope = pytest.mark.parametrize("scope", SCOPES)
+examples = settings(max_examples=30, deadline=None)
+
+
+def resolve(g, r, strength=1.0, **options):
+    tx = dtnh(strength, **options)
+    return tx.update(GradientPair(g, r), tx.init(g), g)[0]
+
+
+def inner(a, b):
+    return oracle.flat(a) @ oracle.flat(b)
+
+
+@each_scope
+@examples
+@given(pair=pairs())
+def test_it_is_the_projection_onto_the_half_space(scope, pair):
+    g, r = pair
+    got = jax.tree.leaves(resolve(g, r, scope=scope))
+    for ours, exact in zip(got, oracle.update(g, r, scope)):
+        tolerance = 1e-5 * lengths(g, r)
+        np.testing.assert_allclose(
+            np.asarray(ours, np.longdouble), exact, atol=tolerance
+        )
+
+
+@each_scope
+@examples
+@given(pair=pairs(), strength=st.sampled_from([0.01, 1.0, 100.0]))
+def test_the_loss_makes_the_progress_that_it_makes_alone(scope, pair, strength):
+    g, r = pair
+    update = resolve(g, r, strength, scope=scope)
+    rounding = 1e-5 * lengths(g) * lengths(g, jax.tree.map(lambda x: strength * x, r))
+    assert inner(g, update) >= inner(g, g) - rounding
+
+
+@examples
+@given(pair=pairs())
+def test_a_finer_scope_keeps_the_promise_of_every_coarser_one(pair):
+    g, r = pair
+    for finer in SCOPES:
+        updates = jax.tree.leaves(resolve(g, r, scope=finer))
+        for coarser in SCOPES[: SCOPES.index(finer) + 1]:
+            for x, y, update in zip(jax.tree.leaves(g), jax.tree.leaves(r), updates):
+                if coarser == "global":
+                    continue  # the test above
+                of = oracle.groups(x.shape, coarser)
+                for group in np.unique(of):
+                    here = of == group
+                    a, b = np.asarray(x)[here], np.asarray(update)[here]
+                    least = a @ a - 1e-5 * lengths(a) * lengths(a, np.asarray(y)[here])
+                    assert a @ b >= least
+
+
+@each_scope
+@examples
+@given(pair=pairs())
+def test_without_conflict_it_is_the_plain_sum_bit_by_bit(scope, pair):
+    g, r = pair
+    agreeing = jax.tree.map(lambda x, y: jnp.abs(y) * jnp.sign(x), g, r)
+    update = resolve(g, agreeing, 0.3, scope=scope)
+    plain = jax.tree.map(lambda x, y: x + 0.3 * y, g, agreeing)
+    jax.tree.map(np.testing.assert_array_equal, update, plain)
+
+
+@examples
+@given(pair=pairs(), exponent=st.integers(-20, 20))
+def test_scaling_both_gradients_scales_the_update(pair, exponent):
+    g, r = pair
+    scale = 2.0**exponent
+    update = resolve(g, r)
+    scaled = resolve(*[jax.tree.map(lambda x: scale * x, tree) for tree in (g, r)])
+    for a, b in zip(jax.tree.leaves(update), jax.tree.leaves(scaled)):
+        np.testing.assert_allclose(scale * a, b, atol=1e-5 * scale * lengths(g, r))
+
+
+@each_scope
+def test_it_is_continuous_where_conflict_begins(scope):
+    g = jnp.array([1.0, 1.0])
+    for step in (1e-2, 1e-4, 1e-6):
+        with_conflict = resolve(g, jnp.array([1.0, -1.0 - step]), scope=scope)
+        without = resolve(g, jnp.array([1.0, -1.0 + step]), scope=scope)
+        np.testing.assert_allclose(with_conflict, without, atol=3 * step + 1e-6)
+
+
+@each_scope
+@examples
+@given(pair=pairs())
+def test_a_zero_loss_gradient_protects_nothing(scope, pair):
+    g, r = pair
+    zero = jax.tree.map(jnp.zeros_like, g)
+    update = resolve(zero, r, 0.3, scope=scope)
+    jax.tree.map(
+        np.testing.assert_array_equal, update, jax.tree.map(lambda y: 0.3 * y, r)
+    )
+
+
+@each_scope
+@examples
+@given(pair=pairs())
+def test_a_zero_regularizer_changes_nothing(scope, pair):
+    g, r = pair
+    update = resolve(g, jax.tree.map(jnp.zeros_like, r), scope=scope)
+    jax.tree.map(np.testing.assert_array_equal, update, g)
+    update = resolve(g, r, 0.0, scope=scope)
+    jax.tree.map(np.testing.assert_array_equal, update, g)
+
+
+def test_order_and_shapes_of_leaves_do_not_matter():
+    random = np.random.default_rng(0)
+    x, y = (jnp.asarray(random.standard_normal(24), jnp.float32) for _ in range(2))
+    whole = resolve(x, y)
+    shuffled = random.permutation(24)
+
+    def split(v):
+        v = v[shuffled]
+        return [v[:4].reshape(2, 2), {"a": v[4:5].reshape(()), "b": v[5:]}]
+
+    parts = resolve(split(x), split(y))
+    np.testing.assert_allclose(oracle.flat(parts), whole[shuffled], atol=1e-6)
+
+
+@each_scope
+@settings(max_examples=60, deadline=None)
+@given(pair=pairs(-30, 30))
+def test_entries_from_1e_minus_30_to_1e30(scope, pair):
+    g, r = pair
+    got = jax.tree.leaves(resolve(g, r, scope=scope))
+    tolerance = 1e-5 * lengths(g, r)
+    for ours, exact in zip(got, oracle.update(g, r, scope)):
+        assert np.all(np.isfinite(ours))
+        np.testing.assert_allclose(
+            np.asarray(ours, np.longdouble), exact, atol=tolerance
+        )
+
+
+@pytest.mark.parametrize("g_scale", [1e-30, 1e-12, 1.0, 1e12, 1e30])
+@pytest.mark.parametrize("r_scale", [1e-30, 1e-12, 1.0, 1e12, 1e30])
+@pytest.mark.parametrize("jit", [False, True])
+def test_no_scale_hides_a_conflict(g_scale, r_scale, jit):
+    g, r = g_scale * jnp.array([3.0, 4.0, 0.0]), r_scale * jnp.array([-4.0, -3.0, 5.0])
+    run = jax.jit(resolve) if jit else resolve
+    exact = oracle.project(g, r)
+    got = np.asarray(run(g, r), np.longdouble)
+    np.testing.assert_allclose(got, exact, rtol=1e-5, atol=1e-6 * max(g_scale, r_scale))
+
+
+def test_small_gradients_are_no_exception():
+    """With an epsilon of 1e-7 in the denominator, most of this conflict would stay."""
+    g, r = jnp.array([1e-4, 0.0]), jnp.array([-1.0, 1.0])
+    np.testing.assert_allclose(resolve(g, r), [1e-4, 1.0], rtol=1e-6)
+
+
+def test_an_element_is_kept_or_dropped_whole():
+    random = np.random.default_rng(0)
+    g, r = (jnp.asarray(random.standard_normal(1000), jnp.float32) for _ in range(2))
+    for strength in (1e-6, 0.1, 1e6):
+        update = jax.jit(lambda g, r, s=strength: resolve(g, r, s, scope="element"))(
+            g, r
+        )
+        agrees = np.asarray(g * r >= 0)
+        np.testing.assert_array_equal(np.asarray(update)[~agrees], g[~agrees])
+        np.testing.assert_allclose(
+            update[agrees], (g + strength * r)[agrees], rtol=1e-6
+        )
+
+
+@each_scope
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_every_precision_is_kept_and_summed_in_float32(scope, dtype):
+    random = np.random.default_rng(0)
+    # A thousand squares of 200 overflow float16, and stall in bfloat16.
+    g = jnp.asarray(200 * random.standard_normal((100, 40)), dtype)
+    r = jnp.asarray(200 * random.standard_normal((100, 40)), dtype) - g
+    update = resolve(g, r, 0.5, scope=scope)
+    assert update.dtype == dtype
+    (exact,) = oracle.update(g, 0.5 * np.asarray(r, np.longdouble), scope)
+    precision = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.asarray(update, float), exact, atol=600 * precision)
+
+
+def test_mixed_precision_trees():
+    g = {"a": jnp.ones(3, jnp.bfloat16), "b": jnp.ones(3, jnp.float32)}
+    r = {"a": -jnp.ones(3, jnp.float32), "b": jnp.ones(3, jnp.float16)}
+    update = resolve(g, r, scope="leaf")
+    assert [x.dtype for x in jax.tree.leaves(update)] == [jnp.bfloat16, jnp.float32]
+    np.testing.assert_array_equal(update["a"], g["a"])
+    np.testing.assert_array_equal(update["b"], 2 * g["b"])
+
+
+def test_double_precision_is_used_where_it_is():
+    with jax.enable_x64(True):
+        g, r = jnp.array([1.0, 1e-9]), jnp.array([-1e-9, 1.0 - 1e-12])
+        update = resolve(g, r)
+        assert update.dtype == jnp.float64
+        np.testing.assert_allclose(update, oracle.project(g, r), rtol=1e-13)
+
+
+def test_both_ways_to_give_the_gradients_are_one():
+    g, r = {"w": jnp.array([1.0, -2.0])}, {"w": jnp.array([-3.0, 1.0])}
+    tx = dtnh(0.5)
+    as_pair, state = tx.update(GradientPair(g, r), tx.init(g), g)
+    by_keyword, other = tx.update(g, tx.init(g), g, regularizer_grads=r)
+    jax.tree.map(np.testing.assert_array_equal, (as_pair, state), (by_keyword, other))
+
+
+def test_strength_is_a_number_an_array_or_a_schedule():
+    g, r = jnp.array([1.0, 0.0]), jnp.array([1.0, 2.0])
+    np.testing.assert_array_equal(resolve(g, r, 2), [3.0, 4.0])
+    np.testing.assert_array_equal(resolve(g, r, jnp.array(2.0)), [3.0, 4.0])
+    tx = dtnh(optax.linear_schedule(0.0, 1.0, 2))
+    state, seen = tx.init(g), []
+    for _ in range(4):
+        update, state = tx.update(GradientPair(g, r), state)
+        seen.append(float(update[1]))
+    assert seen == [0.0, 1.0, 2.0, 2.0]
+
+
+def test_dtnh_is_resolve_conflicts_with_its_rule():
+    g, r = jnp.array([1.0, 2.0]), jnp.array([-3.0, 1.0])
+    tx = resolve_conflicts(rules.dtnh, 0.7, scope="global")
+    update, _ = tx.update(GradientPair(g, r), tx.init(g))
+    np.testing.assert_array_equal(update, resolve(g, r, 0.7))
+
+
+@each_scope
+def test_the_weighted_sum_resolves_nothing(scope):
+    g, r = jnp.array([1.0, 2.0]), jnp.array([-3.0, 1.0])
+    tx = resolve_conflicts(rules.weighted_sum, 0.7, scope=scope)
+    update, _ = tx.update(GradientPair(g, r), tx.init(g))
+    np.testing.assert_array_equal(update, g + 0.7 * r)
