@@ -1,8 +1,8 @@
 """The arguments that all transformations share, checked before any compute is spent."""
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,27 +18,33 @@ Strength = Number | optax.Schedule
 Mask = PyTree[bool] | Callable[[PyTree], PyTree[bool]]
 
 
+# Rules with the scopes that they work in, each on what the one before it has left.
+Stages = Sequence[tuple[rules.Rule, _part.Scope]]
+
+
 class Options(NamedTuple):
     """Arguments of a transformation; see `dtnh` for what they mean."""
 
-    rule: rules.Rule
+    stages: list[tuple[rules.Rule, _part.Scope]]
     strengths: dict[str, Strength]  # by regularizer, the only one named ""
-    scope: _part.Scope
     reference_decay: Number | None
     trust_ratio: Number | None
     mask: Mask | None
+    is_coupled: bool  # whether the optimizer comes after, not before
 
     @classmethod
     def checked(
-        cls, rule, strength, scope, reference_decay, trust_ratio, mask
+        cls,
+        rule: rules.Rule | Stages,
+        strength: Strength | Mapping[str, Strength],
+        scope: _part.Scope,
+        reference_decay: Number | None,
+        trust_ratio: Number | None,
+        mask: Mask | None,
+        is_coupled: bool = True,
     ) -> "Options":
         """Returns the options, or raises what the transformations document."""
-        if not callable(rule):
-            raise TypeError(
-                "`rule` must be a function such as `dtnh_jax.rules.dtnh`, got "
-                f"{type(rule).__name__}."
-            )
-        _part.check_scope(scope)
+        stages = _checked_stages(rule, scope)
         if isinstance(strength, Mapping):
             if not strength or not all(isinstance(k, str) and k for k in strength):
                 raise ValueError(
@@ -55,8 +61,7 @@ class Options(NamedTuple):
             check_number("reference_decay", reference_decay, below=1.0)
         if trust_ratio is not None:
             check_number("trust_ratio", trust_ratio)
-        rule = cast(rules.Rule, rule)
-        return cls(rule, strengths, scope, reference_decay, trust_ratio, mask)
+        return cls(stages, strengths, reference_decay, trust_ratio, mask, is_coupled)
 
     @property
     def several(self) -> bool:
@@ -84,6 +89,29 @@ class Options(NamedTuple):
         value = self.strengths[name]
         value = jnp.asarray(value(step) if callable(value) else value)
         return value.astype(jnp.promote_types(value.dtype, jnp.float16))
+
+
+def _checked_stages(rule: Any, scope: Any) -> list[tuple[rules.Rule, _part.Scope]]:
+    if isinstance(rule, (list, tuple)):
+        if isinstance(scope, str) and scope == "global":
+            stages = list(rule)
+        else:
+            raise ValueError(
+                "`scope` must be left out where `rule` is a list of pairs (rule, "
+                f"scope), got {scope!r}."
+            )
+    else:
+        stages = [(rule, scope)]
+    if not stages:
+        raise ValueError("`rule` must have at least one pair (rule, scope), got none.")
+    for stage in stages:
+        if not (isinstance(stage, tuple) and len(stage) == 2 and callable(stage[0])):
+            raise TypeError(
+                "`rule` must be a function such as `dtnh_jax.rules.dtnh`, or a list "
+                f"of pairs (rule, scope), got {stage!r}."
+            )
+        _part.check_scope(stage[1])
+    return stages
 
 
 def check_number(

@@ -52,23 +52,37 @@ def check_scope(scope: Any) -> None:
         )
 
 
-def labels_of(scope: Scope, tree: PyTree, at: list[int]) -> list[str] | None:
-    """The labels of some leaves of `tree`, or None where the scope is a named one."""
+def labels_of(scope: Scope, tree: PyTree) -> list[str] | None:
+    """The label of each leaf of `tree`, or None where the scope is a named one."""
     if isinstance(scope, str):
         return None
     labels = scope(tree) if callable(scope) else scope
-    spread = _trees.prefix_leaves(labels, tree, "scope")
-    return [spread[i] for i in at] if spread else []
+    return _trees.prefix_leaves(labels, tree, "scope")
+
+
+class Stage(NamedTuple):
+    """A rule and the groups that it works in."""
+
+    rule: rules.Rule
+    scope: Scope
+    labels: list[str] | None  # of the leaves, None for a named scope
+    is_coupled: bool = True  # whether lengths of `x` and `y` have the same unit
+
+
+class Trust(NamedTuple):
+    """A bound of the part's norm, per group (per leaf at element scope)."""
+
+    ratio: Array | Any
+    # L arrays whose norms are the measure; None for the gradient that is protected.
+    lengths: list[Array] | None = None
 
 
 def resolve(
     xs: list[Array],
     get_ys: Callable[[], list[Array]],
     strength: Float[Array, ""],
-    rule: rules.Rule,
-    scope: Scope,
-    labels: list[str] | None,
-    trust_ratio: Any | None,
+    stage: Stage,
+    trust: Trust | None,
     leaves: Geometry,
 ) -> Part:
     """Applies a rule in every group of a scope.
@@ -78,10 +92,8 @@ def resolve(
       get_ys: returns L arrays, the regularizer's gradient before `strength`; see
         `measure_leaves`.
       strength: factor of `ys`.
-      rule: maps Gram matrices to weights.
-      scope: one of `NAMED_SCOPES`, or anything where `labels` are given.
-      labels: L labels, or None for a named scope.
-      trust_ratio: bound of the part's norm over that of `x`, per group.
+      stage: the rule and where it works.
+      trust: what bounds the part, if anything.
       leaves: the geometry `[L]` of `xs` and `ys`.
 
     Returns:
@@ -90,39 +102,42 @@ def resolve(
     if not xs:
         return Part([], [], jnp.zeros([0]), jnp.zeros([0]))
     leaves = leaves._replace(y_norm=leaves.y_norm * strength)
-    if scope == "element":
+    lengths = [None] * len(xs)
+    if trust is not None and trust.lengths is not None:
+        lengths = trust.lengths
+    if stage.scope == "element":
         resolve_leaf = _resolve_elements
-    elif scope == "unit":
+    elif stage.scope == "unit":
         resolve_leaf = _resolve_units
     else:
-        index, member = membership(scope, labels, len(xs))
-        return _resolve_groups(
-            xs, get_ys(), strength, rule, trust_ratio, leaves, index, member
-        )
+        return _resolve_groups(xs, get_ys(), strength, stage, trust, leaves)
     resolved = [
-        resolve_leaf(x, y, strength, rule, trust_ratio, Geometry(*leaf))
-        for x, y, *leaf in zip(xs, get_ys(), *map(jnp.unstack, leaves))
+        resolve_leaf(x, y, strength, stage, trust, length, Geometry(*leaf))
+        for x, y, length, *leaf in zip(xs, get_ys(), lengths, *map(jnp.unstack, leaves))
     ]
     parts, is_whole, norms, conflicts = zip(*resolved)
     return Part(list(parts), list(is_whole), jnp.stack(norms), jnp.stack(conflicts))
 
 
-def _resolve_groups(
-    xs, ys, strength, rule, trust_ratio, leaves: Geometry, index, member
-) -> Part:
+def _resolve_groups(xs, ys, strength, stage, trust, leaves: Geometry) -> Part:
     """Groups of whole leaves: the rule works on a vector with an entry per group."""
+    index, member = membership(stage.scope, stage.labels, len(xs))
     groups = _scopes.merge(leaves, member)
-    plan = _plan(groups, rule)
+    plan = _plan(groups, stage)
     share = leaves.x_norm * _scopes.reciprocal(groups.x_norm)[index]
     norms = _part_norm(leaves, Plan(plan.along[index] * share, plan.kept[index]))
-    if trust_ratio is not None:
-        norm = _part_norm(groups, plan, _UNCERTAIN)
-        plan = _bounded(plan, norm, trust_ratio * groups.x_norm)
+    if trust is not None:
+        bounds = groups
+        if trust.lengths is not None:
+            lengths = trust.lengths
+            own = _scopes.measure_leaves(lengths, lambda: lengths, member)
+            bounds = _scopes.merge(own, member)
+        plan = _bounded(plan, groups, trust.ratio * bounds.x_norm)
     columns = [
         plan.along,
         _scopes.reciprocal(groups.x_norm),
         plan.kept * strength,
-        (plan.along == 0) & (plan.kept == 1),
+        _is_whole(plan),
     ]
     # Without the barrier XLA works these vectors out anew in the loop of every leaf.
     columns = jax.lax.optimization_barrier(columns)
@@ -137,37 +152,35 @@ def _resolve_groups(
     return Part(parts, is_whole, norms, conflict[index])
 
 
-def _resolve_units(x, y, strength, rule, trust_ratio, leaf: Geometry) -> tuple:
+def _resolve_units(x, y, strength, stage, trust, length, leaf: Geometry) -> tuple:
     """Output channels of one leaf: the rule works on a vector with an entry of each."""
     del leaf
     units = _scopes.measure_units(x, y)
     units = units._replace(y_norm=units.y_norm * strength)
-    plan = _plan(units, rule)
+    plan = _plan(units, stage)
     norm = _scopes.norm(_part_norm(units, plan))
-    if trust_ratio is not None:
-        unit_norms = _part_norm(units, plan, _UNCERTAIN)
-        plan = _bounded(plan, unit_norms, trust_ratio * units.x_norm)
+    if trust is not None:
+        own = units if length is None else _scopes.measure_units(length, length)
+        plan = _bounded(plan, units, trust.ratio * own.x_norm)
     x, y = _trees.as_float32(x), _trees.as_float32(y)
-    part = _sum(
-        plan.along * (_scopes.reciprocal(units.x_norm) * x), plan.kept * strength * y
-    )
-    is_whole = (plan.along == 0) & (plan.kept == 1)
-    return part, is_whole, norm, jnp.mean(units.cosine < 0)
+    direction = _scopes.reciprocal(units.x_norm) * x
+    part = _sum(plan.along * direction, plan.kept * strength * y)
+    return part, _is_whole(plan), norm, jnp.mean(units.cosine < 0)
 
 
-def _resolve_elements(x, y, strength, rule, trust_ratio, leaf: Geometry) -> tuple:
+def _resolve_elements(x, y, strength, stage, trust, length, leaf: Geometry) -> tuple:
     """Numbers of one leaf, each by itself: lengths and sums need no square root."""
     x, y = _trees.as_float32(x), strength * _trees.as_float32(y)
     elements = _scopes.measure_elements(x, y)
-    plan = _plan(elements, rule)
-    part = _sum(plan.along * jnp.sign(x), plan.kept * y)
+    plan = _plan(elements, stage)
+    part, is_whole = _sum(plan.along * jnp.sign(x), plan.kept * y), _is_whole(plan)
     # The part of a number is seldom longer than both gradients: a safe unit of length.
     unit = jnp.maximum(leaf.x_norm, leaf.y_norm)
     squares = jnp.square(jnp.abs(part * _scopes.reciprocal(unit)))
     norm = unit * jnp.sqrt(jnp.sum(squares))
-    is_whole = (plan.along == 0) & (plan.kept == 1)
-    if trust_ratio is not None:  # one number has no length but its own: per leaf
-        shrink = _shrink(norm, trust_ratio * leaf.x_norm)
+    if trust is not None:  # one number has no length but its own: per leaf
+        own = leaf.x_norm if length is None else _scopes.norm(jnp.abs(length))
+        shrink = _shrink(norm, trust.ratio * own)
         part, is_whole = shrink * part, is_whole & (shrink == 1)
     return part, is_whole, norm, jnp.mean(elements.cosine < 0)
 
@@ -192,15 +205,21 @@ def membership(
     return index, np.arange(index.max(initial=-1) + 1)[:, None] == index[None, :]
 
 
-def _plan(group: Geometry, rule: rules.Rule) -> Plan:
+def _is_whole(plan: Plan) -> Bool[Array, "..."]:
+    return (plan.along == 0) & (plan.kept == 1)
+
+
+def _plan(group: Geometry, stage: Stage) -> Plan:
     """Asks the rule, about gradients that are scaled so that their squares exist."""
+    if not stage.is_coupled:  # then `x` is but a direction, of any length: that of `y`
+        group = group._replace(x_norm=jnp.where(group.x_norm > 0, group.y_norm, 0))
     largest = jnp.maximum(group.x_norm, group.y_norm)
     by = _scopes.reciprocal(largest)
     x, y = [
         jnp.where(n == 0, 0, jnp.maximum(n * by, _SMALLEST_RATIO))
         for n in (group.x_norm, group.y_norm)
     ]
-    weights = rule(rules.Entries(x * x, x * y * group.cosine, y * y))
+    weights = stage.rule(rules.Entries(x * x, x * y * group.cosine, y * y))
     return Plan((weights[..., 0] - 1) * x * largest, weights[..., 1])
 
 
@@ -214,14 +233,14 @@ def _part_norm(group: Geometry, plan: Plan, uncertain: float = 0.0) -> Array:
     return largest * jnp.sqrt(jnp.maximum(square, uncertain * squares))
 
 
-def _bounded(plan: Plan, part_norm: Array, limit: Array) -> Plan:
+def _bounded(plan: Plan, group: Geometry, limit: Array) -> Plan:
     """Shrinks a plan until the norm of the part that it makes is at most `limit`.
 
     Where the part's two summands cancel, its norm is known no better than to rounding:
     a bound that trusted a smaller value would let a huge regularizer's rounding
-    through, so `part_norm` errs on the large side.
+    through. So the norm here errs on the large side.
     """
-    shrink = _shrink(part_norm, limit)
+    shrink = _shrink(_part_norm(group, plan, _UNCERTAIN), limit)
     return Plan(plan.along * shrink, plan.kept * shrink)
 
 

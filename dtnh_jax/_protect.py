@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Int, PyTree
 
@@ -38,8 +39,7 @@ def init_state(options: Options, params: optax.Params) -> ConflictState:
     if options.reference_decay is not None:
         zeros = [jnp.zeros_like(x, _trees.single(x)) for x in layout.xs]
         reference = layout.scatter(zeros, others=optax.MaskedNode())
-    labels = _part.labels_of(options.scope, params, layout.at)
-    groups = len(layout.at if labels is None else set(labels))
+    groups = len(_rows(layout, _part.labels_of(options.stages[0][1], params)))
     return ConflictState(
         jnp.zeros([], jnp.int32),
         reference,
@@ -53,6 +53,7 @@ def regularizer_parts(
     getters: Mapping[str, Callable[[], optax.Updates]],
     state: ConflictState,
     params: optax.Params | None,
+    lengths: optax.Updates | None = None,
 ) -> tuple[_trees.Layout, list[RegularizerPart], ConflictState]:
     """Resolves every regularizer against the loss.
 
@@ -63,6 +64,8 @@ def regularizer_parts(
         more than once, so that what is in closed form is never kept in memory.
       state: before the update.
       params: the parameters, for masks and labels that are functions of them.
+      lengths: a tree whose norms the trust ratio is of, instead of the gradient that
+        is protected.
 
     Returns:
       The layout of the leaves that take part, a part for each regularizer, and the
@@ -71,9 +74,16 @@ def regularizer_parts(
     params = loss if params is None else params
     trees = {name: get() for name, get in getters.items()}
     layout = _trees.layout(loss, list(trees.values()), options.mask, params)
-    labels = _part.labels_of(options.scope, params, layout.at)
-    sizes = [x.size for x in layout.xs]
-    _, member = _part.membership(options.scope, labels, len(sizes))
+    labels = [_part.labels_of(scope, params) for _, scope in options.stages]
+    stages = [
+        _part.Stage(rule, scope, of and [of[i] for i in layout.at], options.is_coupled)
+        for (rule, scope), of in zip(options.stages, labels)
+    ]
+    rows = _rows(layout, labels[0])
+    trust = None
+    if options.trust_ratio is not None:
+        given = None if lengths is None else layout.gather(lengths, "updates")
+        trust = _part.Trust(options.trust_ratio, given)
 
     parts, by_name = [], {}
     average = protected = None
@@ -84,7 +94,9 @@ def regularizer_parts(
         def get_ys(get=get):
             return layout.gather(get(), "regularizer_grads")
 
+        member = _part.membership(stages[0].scope, stages[0].labels, len(layout.xs))[1]
         seen = leaves = _scopes.measure_leaves(layout.xs, get_ys, member)
+        strength = strength.astype(leaves.y_norm.dtype)
         is_loss_finite = jnp.all(jnp.isfinite(leaves.x_norm))
         if options.reference_decay is None:
             protected = layout.xs
@@ -94,24 +106,15 @@ def regularizer_parts(
                     layout, state, options.reference_decay, is_loss_finite
                 )
             seen = _scopes.measure_leaves(protected, get_ys, member)
-        part = _part.resolve(
-            protected,
-            get_ys,
-            strength.astype(leaves.y_norm.dtype),
-            options.rule,
-            options.scope,
-            labels,
-            options.trust_ratio,
-            seen,
-        )
+        part = _in_stages(protected, get_ys, strength, stages, trust, seen)
         is_finite = jnp.all(jnp.isfinite(strength * leaves.y_norm))
         skipped = options.by_name(state.metrics, "state.metrics")[name].skipped
         by_name[name] = metrics.measured(
             leaves,
             strength,
             part,
-            sizes,
-            labels,
+            [x.size for x in layout.xs],
+            rows,
             skipped + jnp.where(is_finite, 0, 1),
         )
         parts.append(
@@ -127,6 +130,44 @@ def regularizer_parts(
         reference = layout.scatter(average, onto=state.reference)
     step = jnp.where(is_loss_finite, optax.safe_increment(state.step), state.step)
     return layout, parts, ConflictState(step, reference, options.join(by_name))
+
+
+def _rows(
+    layout: _trees.Layout, labels: list[str] | None
+) -> Bool[np.ndarray, "rows leaves"]:
+    """Which leaves that take part are in which row of the metrics per group.
+
+    There is a row for every label or every leaf, whether it takes part or not, so that
+    their number is the same from `init` on.
+    """
+    positions = len(_trees.flatten(layout.tree)[0])
+    _, member = _part.membership("leaf", labels, positions)
+    return member[:, layout.at]
+
+
+def _in_stages(
+    protected: list[Array],
+    get_ys: Callable[[], list[Array]],
+    strength: Array,
+    stages: list[_part.Stage],
+    trust: _part.Trust | None,
+    seen: _scopes.Geometry,
+) -> _part.Part:
+    """Resolves stage by stage, each what the one before it has left."""
+    bounds = [None] * (len(stages) - 1) + [trust]
+    first = part = _part.resolve(
+        protected, get_ys, strength, stages[0], bounds[0], seen
+    )
+    for stage, bound in zip(stages[1:], bounds[1:]):
+        left = part.leaves
+        member = _part.membership(stage.scope, stage.labels, len(left))[1]
+        seen = _scopes.measure_leaves(protected, lambda left=left: left, member)
+        then = _part.resolve(
+            protected, lambda left=left: left, jnp.ones([]), stage, bound, seen
+        )
+        whole = [a & b for a, b in zip(part.is_whole, then.is_whole)]
+        part = then._replace(is_whole=whole, conflict=first.conflict)
+    return part
 
 
 def _moving_average(

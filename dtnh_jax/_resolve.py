@@ -7,7 +7,7 @@ import optax
 from jaxtyping import Array
 
 from dtnh_jax import _trees, rules
-from dtnh_jax._options import Mask, Number, Options, Strength
+from dtnh_jax._options import Mask, Number, Options, Stages, Strength
 from dtnh_jax._part import Scope
 from dtnh_jax._protect import ConflictState, init_state, regularizer_parts
 from dtnh_jax.regularizers import WeightRegularizer, check_weight_regularizer
@@ -78,7 +78,7 @@ def dtnh(
 
 
 def resolve_conflicts(
-    rule: rules.Rule,
+    rule: rules.Rule | Stages,
     strength: Strength | Mapping[str, Strength],
     *,
     scope: Scope = "global",
@@ -103,7 +103,9 @@ def resolve_conflicts(
 
     Args:
       rule: maps Gram matrices `[..., 2, 2]` to weights `[..., 2]`; see
-        `dtnh_jax.rules`.
+        `dtnh_jax.rules`. Or a list of pairs of a rule and its scope, each working on
+        what the one before it has left of the regularizer, such as
+        `[(rules.gate, "leaf"), (rules.dtnh, "element")]`.
       strength: as in `dtnh`.
       scope: as in `dtnh`.
       reference_decay: as in `dtnh`.
@@ -144,7 +146,7 @@ def add_regularizer(
     regularizer: WeightRegularizer | Mapping[str, WeightRegularizer],
     strength: Strength | Mapping[str, Strength],
     *,
-    rule: rules.Rule | None = None,
+    rule: rules.Rule | Stages | None = None,
     scope: Scope = "global",
     reference_decay: Number | None = None,
     trust_ratio: Number | None = None,

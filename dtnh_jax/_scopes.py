@@ -84,7 +84,7 @@ def measure_elements(x: Array, y: Array) -> Geometry:
 def merge(geometry: Geometry, member: Bool[np.ndarray, "G L"]) -> Geometry:
     """Joins L measurements into G groups, of which `member` tells who belongs where."""
     if np.array_equal(member, np.eye(len(member), dtype=bool)):
-        return geometry
+        return geometry  # each by itself
 
     def gather(values):
         return jnp.where(member, values[None, :], 0)

@@ -1,15 +1,16 @@
-"""What the last update saw and did: cosines, conflicts, norms."""
+"""What the last update saw and did: cosines, conflicts, norms, harm."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from dtnh_jax import _scopes
-from dtnh_jax._part import Part, membership
+from dtnh_jax import _scopes, _trees
+from dtnh_jax._part import Part
 from dtnh_jax._scopes import Geometry
 
 
@@ -49,7 +50,7 @@ def measured(
     strength: Float[Array, ""],
     part: Part,
     sizes: list[int],
-    labels: list[str] | None,
+    rows: Bool[np.ndarray, "rows leaves"],
     skipped: Int[Array, ""],
 ) -> ConflictMetrics:
     """Metrics of an update.
@@ -59,7 +60,7 @@ def measured(
       strength: factor of the regularizer's.
       part: what the rule left of it.
       sizes: how many parameters each leaf has.
-      labels: of the leaves, where `GroupMetrics` are by label.
+      rows: which leaves are in which row of `GroupMetrics`.
       skipped: how many updates had to do without the regularizer so far.
     """
 
@@ -81,8 +82,7 @@ def measured(
         return [field.astype(jnp.float32) for field in fields]
 
     together = np.ones([1, len(sizes)], bool)
-    _, groups = membership("leaf", labels, len(sizes))
-    return _metrics(gather(together), skipped, gather(groups))
+    return _metrics(gather(together), skipped, gather(rows))
 
 
 def _metrics(
@@ -112,7 +112,8 @@ def conflict_metrics(
         it: chained, masked, partitioned, accumulated, with injected hyperparameters,
         or NNX's.
       per_group: return each leaf's metrics `[leaves]`, in the order of the leaves of
-        the parameters that take part, or each label's `[labels]`, in sorted order.
+        the parameters and zero for those that take no part, or where the scope is
+        labels each label's `[labels]`, in sorted order.
 
     Returns:
       Scalars by name:
@@ -138,14 +139,8 @@ def conflict_metrics(
       >>> print(f"{metrics['cosine']:.1f} {metrics['removed']:.1f}")
       -0.6 0.2
     """
-    found, _ = jax.tree.flatten_with_path(opt_state, is_leaf=_is_metrics)
     by_place: dict[str, dict[str, Any]] = {}
-    for path, value in found:
-        if not isinstance(value, ConflictMetrics):
-            continue
-        field = max(i for i, key in enumerate(path) if _name(key) == "metrics")
-        place = "/".join(_name(key) for key in path[:field])
-        name = "/".join(_name(key) for key in path[field + 1 :])
+    for place, name, value in _find(opt_state):
         fields = value.groups if per_group else value
         by_place.setdefault(place, {})[name] = {
             key: _plain(entry)
@@ -162,6 +157,63 @@ def conflict_metrics(
         for place, names in by_place.items()
     }
     return places if len(places) > 1 else next(iter(places.values()))
+
+
+def regularizer_names(opt_state: optax.OptState) -> list[str]:
+    """Names of the regularizers in an optimizer's state, none where one is unnamed."""
+    return sorted({name for _, name, _ in _find(opt_state)} - {""})
+
+
+def first_order_harm(
+    loss_grads: PyTree, updates: PyTree, updates_without: PyTree
+) -> Float[Array, ""]:
+    """How much the regularizer's part of an update raises the loss to first order.
+
+    It is `<g, updates - updates_without>`, summed in float32: above 0 where the
+    regularizer works against the loss, and below 0 where it helps.
+
+    Args:
+      loss_grads: gradient `g` of the loss, on this batch or another.
+      updates: what is added to the parameters.
+      updates_without: what would be added without the regularizer: of the same
+        optimizer, in the same state, from the loss gradient alone.
+
+    Returns:
+      A scalar in float32, in units of the loss.
+
+    Raises:
+      ValueError: if the trees do not match.
+
+    Example:
+      >>> g = jnp.array([1.0, 0.0])
+      >>> print(first_order_harm(g, -g + jnp.array([0.3, 1.0]), -g))
+      0.3
+
+    References:
+      The test of Tian et al., 2024, https://arxiv.org/abs/2411.01713, in update space.
+    """
+    grads = _trees.flatten(loss_grads)[0]
+    columns = [
+        grads,
+        _trees.align(updates, loss_grads, "updates", "loss_grads"),
+        _trees.align(updates_without, loss_grads, "updates_without", "loss_grads"),
+    ]
+    total = jnp.zeros([], jnp.float32)
+    for row in zip(*columns):
+        if all(_trees.is_trainable(x) for x in row):
+            g, new, old = map(_trees.as_float32, row)
+            total += jnp.sum(_scopes.real_product(g, new - old)).astype(jnp.float32)
+    return total
+
+
+def _find(opt_state: optax.OptState) -> Iterator[tuple[str, str, ConflictMetrics]]:
+    """Yields each transformation's place, each regularizer's name and its metrics."""
+    leaves, _ = jax.tree.flatten_with_path(opt_state, is_leaf=_is_metrics)
+    for path, value in leaves:
+        if isinstance(value, ConflictMetrics):
+            field = max(i for i, key in enumerate(path) if _name(key) == "metrics")
+            place = "/".join(_name(key) for key in path[:field])
+            yield place, "/".join(_name(key) for key in path[field + 1 :]), value
 
 
 def _is_metrics(node: Any) -> bool:

@@ -1,0 +1,133 @@
+"""Gradient accumulation for pairs: average first, resolve once."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int, PyTree
+
+from dtnh_jax import _trees
+from dtnh_jax.gradients import GradientPair
+from dtnh_jax.metrics import regularizer_names
+
+
+class AccumulateState(NamedTuple):
+    """State of `accumulate_pairs`."""
+
+    mini_step: Int[Array, ""]  # micro-batches since the last update
+    sums: PyTree  # a `GradientPair` of their sums, in float32
+    inner: optax.OptState
+
+
+def accumulate_pairs(
+    inner: optax.GradientTransformation, every_k: int
+) -> optax.GradientTransformationExtraArgs:
+    """Averages the gradient pairs of `every_k` micro-batches before they are resolved.
+
+    `optax.MultiSteps` for pairs. Rules are not linear, so resolving each micro-batch
+    and averaging afterwards is something else, and may even turn a sign; this is equal
+    to one step on the joined batch. Sums are kept in float32. In between, updates are
+    zero and `inner` does not see the step.
+
+    Args:
+      inner: a transformation of pairs, such as `optax.chain(dtnh(0.1), optax.sgd(0.1))`
+        or `decoupled(...)`.
+      every_k: how many micro-batches make a step, at least 1.
+
+    Returns:
+      A transformation of pairs, given in either of the two ways. It keeps one more tree
+      like the parameters for the loss, and one for each regularizer.
+
+    Raises:
+      ValueError: if `every_k` is less than 1.
+      TypeError: if `inner` is no transformation or `every_k` no integer.
+
+    Example:
+      >>> from dtnh_jax import GradientPair, accumulate_pairs, dtnh
+      >>> tx = accumulate_pairs(optax.chain(dtnh(1.0), optax.sgd(1.0)), every_k=2)
+      >>> params = jnp.zeros(2)
+      >>> state = tx.init(params)
+      >>> for sign in (1.0, -1.0):  # taken together, the regularizer's cancel
+      ...     g, r = jnp.array([1.0, 0.0]), sign * jnp.array([5.0, 0.0])
+      ...     updates, state = tx.update(GradientPair(g, r), state, params)
+      >>> print(updates)
+      [-1. -0.]
+    """
+    if not isinstance(inner, optax.GradientTransformation):
+        raise TypeError(
+            "`inner` must be an Optax transformation of pairs, got "
+            f"{type(inner).__name__}."
+        )
+    if isinstance(every_k, bool) or not isinstance(every_k, int):
+        raise TypeError(f"`every_k` must be an integer, got {every_k!r}.")
+    if every_k < 1:
+        raise ValueError(f"`every_k` must be at least 1, got {every_k}.")
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params):
+        state = inner.init(params)
+        names = regularizer_names(state)
+
+        def zeros():
+            layout = _trees.layout(params, [], None, params)
+            values = [jnp.zeros_like(x, _trees.single(x)) for x in layout.xs]
+            return layout.scatter(values, others=optax.MaskedNode())
+
+        regularizer = {name: zeros() for name in names} if names else zeros()
+        sums = GradientPair(zeros(), regularizer)
+        return AccumulateState(jnp.zeros([], jnp.int32), sums, state)
+
+    def update(updates, state, params=None, *, regularizer_grads=None, **extra_args):
+        pair = _trees.split_pair(updates, regularizer_grads)
+        sums = GradientPair(
+            _add(state.sums.loss, pair.loss, "updates"),
+            _add(state.sums.regularizer, pair.regularizer, "regularizer_grads"),
+        )
+
+        def step(sums, inner_state):
+            loss = _mean(sums.loss, pair.loss, every_k)
+            regularizer = _mean(sums.regularizer, pair.regularizer, every_k)
+            updates, inner_state = inner.update(
+                loss, inner_state, params, regularizer_grads=regularizer, **extra_args
+            )
+            return updates, jax.tree.map(jnp.zeros_like, sums), inner_state
+
+        def wait(sums, inner_state):
+            shapes = jax.eval_shape(step, sums, inner_state)[0]
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            return zeros, sums, inner_state
+
+        is_last = state.mini_step == every_k - 1
+        updates, sums, inner_state = jax.lax.cond(
+            is_last, step, wait, sums, state.inner
+        )
+        mini_step = jnp.where(is_last, 0, state.mini_step + 1)
+        return updates, AccumulateState(mini_step, sums, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _add(sums: PyTree, grads: PyTree, name: str) -> PyTree:
+    """Adds gradients in the precision of the sums; missing ones are zero."""
+    leaves, treedef = _trees.flatten(sums)
+    added = [
+        total + x.astype(total.dtype)
+        if _trees.is_trainable(x) and _trees.is_trainable(total)
+        else total
+        for total, x in zip(leaves, _trees.align(grads, sums, name, "params"))
+    ]
+    return jax.tree.unflatten(treedef, added)
+
+
+def _mean(sums: PyTree, like: PyTree, every_k: int) -> PyTree:
+    """Averages where there were gradients, in their dtype; other leaves are kept."""
+    leaves, treedef = _trees.flatten(like)
+
+    def mean(leaf: Any, total: Any) -> Any:
+        if not _trees.is_trainable(leaf):
+            return leaf
+        return (total / every_k).astype(leaf.dtype)
+
+    totals = _trees.align(sums, like, "state.sums", "updates")
+    return jax.tree.unflatten(treedef, [mean(*each) for each in zip(leaves, totals)])
