@@ -38,11 +38,8 @@ class ConflictMetrics(NamedTuple):
 
 def initial(groups: int) -> ConflictMetrics:
     """Metrics before the first update, with the shapes of all later ones."""
-    return _metrics(
-        [jnp.zeros([1], jnp.float32)] * 5,
-        jnp.zeros([], jnp.int32),
-        [jnp.zeros([groups], jnp.float32)] * 5,
-    )
+    zeros = [jnp.zeros([1 + groups], jnp.float32)] * len(GroupMetrics._fields)
+    return _metrics(zeros, jnp.zeros([], jnp.int32))
 
 
 def measured(
@@ -63,34 +60,29 @@ def measured(
       rows: which leaves are in which row of `GroupMetrics`.
       skipped: how many updates had to do without the regularizer so far.
     """
-
-    def gather(member) -> list[Array]:
-        joined = _scopes.merge(leaves, member)
-        kept, _ = _scopes.hypot(jnp.where(member, part.norm[None, :], 0))
-        weights = member * np.array(sizes, np.float32)[None, :]
-        weights = weights / np.maximum(weights.sum(axis=1, keepdims=True), 1)
-        conflict = jnp.sum(weights * part.conflict[None, :], axis=1)
-        regularizer_norm = strength * joined.y_norm
-        removed = 1 - kept * _scopes.reciprocal(regularizer_norm)
-        removed = jnp.where(regularizer_norm > 0, jnp.clip(removed, 0, 1), 0)
-        # Of what is not finite the norms tell; a log of the rest stays readable.
-        cosine, removed = [
-            jnp.where(jnp.isfinite(field), field, 0)
-            for field in (joined.cosine, removed)
-        ]
-        fields = [cosine, conflict, joined.x_norm, regularizer_norm, removed]
-        return [field.astype(jnp.float32) for field in fields]
-
-    together = np.ones([1, len(sizes)], bool)
-    return _metrics(gather(together), skipped, gather(rows))
+    # The whole is one more row, so that everything is worked out together.
+    member = np.concatenate([np.ones([1, len(sizes)], bool), rows])
+    joined = _scopes.merge(leaves, member)
+    kept, _ = _scopes.hypot(jnp.where(member, part.norm[None, :], 0))
+    weights = member * np.array(sizes, np.float32)[None, :]
+    weights = weights / np.maximum(weights.sum(axis=1, keepdims=True), 1)
+    conflict = jnp.sum(weights * part.conflict[None, :], axis=1)
+    regularizer_norm = strength * joined.y_norm
+    removed = 1 - kept * _scopes.reciprocal(regularizer_norm)
+    removed = jnp.where(regularizer_norm > 0, jnp.clip(removed, 0, 1), 0)
+    # Of what is not finite the norms tell; a log of the rest stays readable.
+    cosine, removed = [
+        jnp.where(jnp.isfinite(field), field, 0) for field in (joined.cosine, removed)
+    ]
+    fields = [cosine, conflict, joined.x_norm, regularizer_norm, removed]
+    return _metrics([field.astype(jnp.float32) for field in fields], skipped)
 
 
 def _metrics(
-    whole: list[Float[Array, "1"]],
-    skipped: Int[Array, ""],
-    groups: list[Float[Array, "groups"]],
+    fields: list[Float[Array, "rows"]], skipped: Int[Array, ""]
 ) -> ConflictMetrics:
-    cosine, conflict, loss_norm, regularizer_norm, removed = [x[0] for x in whole]
+    """Sorts metrics into those of the whole, which is the first row, and of groups."""
+    cosine, conflict, loss_norm, regularizer_norm, removed = [x[0] for x in fields]
     return ConflictMetrics(
         cosine,
         conflict,
@@ -98,7 +90,7 @@ def _metrics(
         regularizer_norm,
         removed,
         skipped,
-        GroupMetrics(*groups),
+        GroupMetrics(*[x[1:] for x in fields]),
     )
 
 

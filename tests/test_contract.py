@@ -1,0 +1,258 @@
+"""What every Optax transformation owes its users: one table, one contract.
+
+A new transformation, option or rule is a new row here.
+"""
+
+from functools import cache, partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dtnh_jax import (
+    accumulate_pairs,
+    add_regularizer,
+    conflict_metrics,
+    decoupled,
+    dtnh,
+    resolve_conflicts,
+    rules,
+)
+from dtnh_jax.regularizers import l2, l2_sp
+
+
+def tree(seed, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(seed))
+    return {
+        "body": {"kernel": jax.random.normal(keys[0], (3, 4), dtype)},
+        "scale": jax.random.normal(keys[1], (), dtype),
+    }
+
+
+LABELS = {"body": "body", "scale": "head"}
+RULES = [
+    "aligned_mtl",
+    "cagrad",
+    "dtnh",
+    "dualproj",
+    "dynamic_barrier",
+    "gate",
+    "imtl_g",
+    "mgda",
+    "nash_mtl",
+    "orthogonal",
+    "pcgrad",
+    "upgrad",
+    "weighted_sum",
+]
+STAGES = [(rules.gate, "leaf"), (rules.dtnh, "element")]
+
+# Name: a factory of one argument, the strength.
+FACTORIES = {
+    "dtnh": dtnh,
+    "leaf": partial(dtnh, scope="leaf", trust_ratio=0.5),
+    "unit": partial(dtnh, scope="unit", trust_ratio=0.5),
+    "element": partial(dtnh, scope="element", trust_ratio=0.5, reference_decay=0.9),
+    "labels": partial(dtnh, scope=LABELS, reference_decay=0.9),
+    "mask": partial(dtnh, mask={"body": True, "scale": False}, reference_decay=0.9),
+    "stages": lambda strength: resolve_conflicts(STAGES, strength),
+    "add_regularizer": lambda strength: add_regularizer(
+        l2_sp(tree(9)), strength, scope="leaf", reference_decay=0.5, trust_ratio=1.0
+    ),
+    "decoupled": partial(decoupled, optax.adamw(1e-2)),
+    "decoupled regularizer": partial(
+        decoupled,
+        optax.sgd(0.1, momentum=0.9),
+        regularizer=l2(),
+        regularizer_optimizer=optax.adam(1e-2),
+        trust_ratio=1.0,
+        scope="leaf",
+    ),
+    "accumulate": lambda strength: accumulate_pairs(dtnh(strength), every_k=2),
+}
+each_name = pytest.mark.parametrize("name", FACTORIES)
+
+
+def run(tx, state, params, seed=1, **extra):
+    g = jax.tree.map(lambda x, p: x.astype(p.dtype), tree(seed), params)
+    r = jax.tree.map(lambda x, p: x.astype(p.dtype), tree(seed + 50), params)
+    return tx.update(g, state, params, regularizer_grads=r, **extra)
+
+
+@cache
+def jitted(name):
+    """A transformation and its update, compiled once for all tests that use it."""
+    tx = FACTORIES[name](0.5)
+    return tx, jax.jit(partial(run, tx))
+
+
+@cache
+def expected(name):
+    """The first update and state."""
+    tx, step = jitted(name)
+    return step(tx.init(tree(0)), tree(0))
+
+
+def same(a, b, **tolerance):
+    chex.assert_trees_all_close(a, b, **({"rtol": 1e-4, "atol": 1e-6} | tolerance))
+
+
+@each_name
+def test_jitted_or_not_and_whatever_else_is_given(name):
+    tx = FACTORIES[name](0.5)
+    assert isinstance(tx, optax.GradientTransformationExtraArgs)
+    same(run(tx, tx.init(tree(0)), tree(0), value=1.0), expected(name))
+
+
+@each_name
+def test_the_second_call_does_not_compile_again(name):
+    tx, step = jitted(name)
+    state, params = tx.init(tree(0)), tree(0)
+    step(state, params)
+    before = step._cache_size()
+    for _ in range(3):
+        updates, state = step(state, params)
+        params = optax.apply_updates(params, updates)
+    assert step._cache_size() == before
+
+
+@each_name
+def test_states_may_be_donated_and_seeds_be_a_batch_on_any_device(name):
+    """The strength is a schedule here, which is to change nothing."""
+    tx, params = FACTORIES[name](optax.constant_schedule(0.5)), tree(0)
+    states = jax.vmap(lambda _: tx.init(params))(jnp.arange(2))
+    states, params = jax.device_put((states, params), jax.devices()[1])
+    batch = jax.vmap(partial(run, tx), in_axes=(0, None))
+    step = jax.jit(batch, donate_argnums=0)
+    updates, state = step(states, params)
+    for n in range(2):
+        same(jax.tree.map(lambda x, n=n: x[n], (updates, state)), expected(name))
+    step(state, params)  # the new state may be donated in turn
+
+
+@each_name
+def test_scan_and_cond_keep_the_tree_in_half_precision_too(name):
+    tx, params = FACTORIES[name](0.5), tree(0, jnp.bfloat16)
+
+    def body(carry, seed):
+        state, params = carry
+        grads = jax.tree.map(lambda x: x * seed.astype(x.dtype), tree(1, jnp.bfloat16))
+        rs = tree(2, jnp.bfloat16)
+        updates, new = tx.update(grads, state, params, regularizer_grads=rs)
+        state = jax.lax.cond(seed < 2, lambda: new, lambda: state)
+        return (state, optax.apply_updates(params, updates)), updates
+
+    (state, moved), updates = jax.lax.scan(
+        body, (tx.init(params), params), jnp.arange(3.0)
+    )
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(params))
+    chex.assert_trees_all_equal_dtypes(updates, moved, params)
+    chex.assert_tree_all_finite(moved)
+
+
+@each_name
+def test_map_params_finds_what_is_like_the_parameters(name):
+    tx, params = FACTORIES[name](0.5), tree(0)
+    state = tx.init(params)
+    kept = optax.tree.map_params(tx, lambda x: x, state)
+    chex.assert_trees_all_equal(kept, state)
+    marked = optax.tree.map_params(
+        tx, lambda _: "param", state, transform_non_params=lambda _: None
+    )
+    found = sum(leaf == "param" for leaf in jax.tree.leaves(marked))
+    kept_of_each = {"mask": 1}  # a frozen leaf has no moving average
+    assert found % kept_of_each.get(name, len(jax.tree.leaves(params))) == 0
+
+
+@each_name
+def test_under_apply_if_finite(name):
+    params = tree(0)
+    tx = optax.apply_if_finite(FACTORIES[name](0.5), 3)
+    step = jax.jit(partial(run, tx))
+    updates, state = step(tx.init(params), params)
+    same(updates, expected(name)[0])
+    bad = jax.tree.map(lambda x: x * jnp.nan, tree(1))
+    updates, state = tx.update(bad, state, params, regularizer_grads=tree(2))
+    assert state.notfinite_count == 1
+    assert all(np.all(u == 0) for u in jax.tree.leaves(updates))
+
+
+@each_name
+def test_masked_and_partitioned(name):
+    factory, params = FACTORIES[name], tree(0)
+    if name == "accumulate":  # pairs are kept as they come: see the test of its own
+        return
+    masked = optax.masked(factory(0.5), {"body": True, "scale": False})
+    parts = optax.partition({"body": factory(0.5), "head": optax.sgd(0.1)}, LABELS)
+
+    @jax.jit
+    def both(params):
+        return [run(tx, tx.init(params), params) for tx in (masked, parts)]
+
+    (of_masked, _), (of_parts, state) = both(params)
+    np.testing.assert_array_equal(of_masked["scale"], tree(1)["scale"])
+    np.testing.assert_allclose(of_parts["scale"], -0.1 * tree(1)["scale"], rtol=1e-6)
+    same(of_masked["body"], of_parts["body"])
+    assert "cosine" in conflict_metrics(state)
+    assert np.any(of_parts["body"]["kernel"] != tree(1)["body"]["kernel"])
+
+
+@pytest.mark.parametrize("scope", ["leaf", "element"])
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_in_groups_and_by_element(name, scope):
+    tx, params = resolve_conflicts(getattr(rules, name), 0.5, scope=scope), tree(0)
+    step = jax.jit(partial(run, tx))
+    updates, state = step(tx.init(params), params)
+    chex.assert_tree_all_finite((updates, state))
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+
+
+@pytest.mark.parametrize(
+    ("factory", "arguments", "static"),
+    [
+        (dtnh, {}, ()),
+        (dtnh, {"reference_decay": 0.9, "trust_ratio": 0.5, "scope": "leaf"}, ()),
+        (dtnh, {"mask": {"body": True, "scale": False}, "scope": LABELS}, ()),
+        (resolve_conflicts, {"rule": rules.gate}, ("rule",)),
+        (resolve_conflicts, {"rule": STAGES}, ()),
+        (add_regularizer, {"regularizer": l2()}, ()),
+        (decoupled, {"optimizer": optax.adam(1e-2)}, ()),
+        (decoupled, {"optimizer": optax.adam(1e-2), "regularizer": l2()}, ()),
+    ],
+)
+def test_hyperparameters_can_be_injected(factory, arguments, static):
+    params = tree(0)
+    schedule = optax.linear_schedule(0.25, 1.0, 3)
+    for strength in (0.25, schedule) if factory is dtnh and not arguments else (0.25,):
+        plain = factory(strength=strength, **arguments)
+        injected = optax.inject_hyperparams(factory, static_args=static)(
+            strength=strength, **arguments
+        )
+        states = plain.init(params), injected.init(params)
+        step, step_plain = jax.jit(partial(run, injected)), jax.jit(partial(run, plain))
+        for _ in range(2):
+            wanted, plain_state = step_plain(states[0], params)
+            updates, injected_state = step(states[1], params)
+            same(updates, wanted)
+            states = plain_state, injected_state
+        assert "strength" in states[1].hyperparams
+
+
+def test_multi_steps_takes_what_takes_plain_gradients():
+    params = tree(0)
+    tx = optax.MultiSteps(add_regularizer(l2(), 0.5), every_k_schedule=2)
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(tree(1), state, params)
+    alone = add_regularizer(l2(), 0.5)
+    wanted, _ = alone.update(tree(1), alone.init(params), params)
+    same(updates, wanted)
+    assert "cosine" in conflict_metrics(state)
+
+
+def test_every_rule_has_a_row():
+    public = {name for name in rules.__all__ if callable(getattr(rules, name))}
+    assert public - {"Entries", "Gram", "Rule", "Weights"} == set(RULES)
