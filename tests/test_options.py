@@ -1,0 +1,195 @@
+"""Options of the transformations, each against a value: none may do nothing."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from trees import lengths, pairs
+
+from dtnh_jax import GradientPair, conflict_metrics, dtnh, resolve_conflicts, rules
+
+G = {"a": jnp.array([1.0, 1.0]), "b": jnp.array([1.0, 1.0])}
+R = {"a": jnp.array([-3.0, 1.0]), "b": jnp.array([-1.0, 3.0])}
+SCOPES = ["global", "leaf", "unit", "element"]
+each_scope = pytest.mark.parametrize("scope", SCOPES)
+
+
+def once(tx, g, r):
+    return tx.update(GradientPair(g, r), tx.init(g), g)[0]
+
+
+def part_of(update, g):
+    return jax.tree.map(
+        lambda u, x: np.asarray(u, np.longdouble) - np.asarray(x), update, g
+    )
+
+
+class TestReference:
+    """With `reference_decay`, a moving average of the loss gradient is protected."""
+
+    def test_the_first_reference_is_the_first_gradient(self):
+        g, r = jnp.array([1.0, 2.0]), jnp.array([-3.0, 1.0])
+        for scope in SCOPES:
+            got = once(
+                dtnh(1.0, scope=scope, reference_decay=0.9, trust_ratio=0.5), g, r
+            )
+            expected = once(dtnh(1.0, scope=scope, trust_ratio=0.5), g, r)
+            np.testing.assert_allclose(got, expected, atol=1e-6)
+
+    def test_it_is_the_unbiased_moving_average(self):
+        """Golden: decay 1/2, gradients 4 and 1: (1/4 4 + 1/2 1) / (3/4) = 2 along x."""
+        gs = [jnp.array([4.0, 0.0]), jnp.array([1.0, 3.0])]
+        reference = jnp.array([2.0, 2.0])  # along y: (1/2 3) / (3/4)
+        r = jnp.array([-4.0, 2.0])  # <m, r> = -4, ||m||^2 = 8
+        tx = dtnh(1.0, reference_decay=0.5)
+        state = tx.init(gs[0])
+        for g in gs:
+            got, state = tx.update(GradientPair(g, r), state)
+        np.testing.assert_allclose(got, gs[1] + r + 0.5 * reference, rtol=1e-6)
+        # The trust ratio is of the reference's norm, sqrt(8), not of ||g|| = sqrt(10).
+        bounded = dtnh(10.0, reference_decay=0.5, trust_ratio=0.5)
+        state = bounded.init(gs[0])
+        for g in gs:
+            got, state = bounded.update(GradientPair(g, r), state)
+        np.testing.assert_allclose(
+            jnp.linalg.norm(got - gs[1]), 0.5 * 8**0.5, rtol=1e-5
+        )
+
+    def test_a_noisy_gradient_hides_a_conflict_from_the_rule_but_not_from_this(self):
+        """The mini-batch agrees with `r` by chance; on average the loss does not."""
+        r = jnp.array([-1.0, 0.0])
+        average, alone = dtnh(1.0, reference_decay=0.9), dtnh(1.0)
+        state = average.init(r)
+        for n in range(20):
+            g = jnp.array([-0.5 if n == 19 else 1.0, 0.0])
+            got, state = average.update(GradientPair(g, r), state)
+        np.testing.assert_allclose(got, g, atol=1e-6)
+        np.testing.assert_allclose(once(alone, g, r), g + r)
+
+    def test_a_restored_state_gives_the_same_next_update(self):
+        tx = dtnh(1.0, reference_decay=0.9, scope="leaf")
+        g, r = {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([-3.0, 1.0])}
+        _, state = tx.update(GradientPair(g, r), tx.init(g))
+        restored = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), state)
+        a, b = (tx.update(GradientPair(r, g), s) for s in (state, restored))
+        chex.assert_trees_all_equal(a, b)
+
+    def test_a_loss_that_is_not_finite_is_forgotten(self):
+        tx = dtnh(1.0, reference_decay=0.9)
+        g, r = jnp.array([1.0, 2.0]), jnp.array([-3.0, 1.0])
+        _, state = tx.update(GradientPair(g, r), tx.init(g))
+        _, after = tx.update(GradientPair(g * jnp.nan, r), state)
+        np.testing.assert_array_equal(after.reference, state.reference)
+        assert after.step == state.step
+
+    def test_half_precision_is_averaged_in_single(self):
+        g = jnp.ones(3, jnp.bfloat16)
+        tx = dtnh(1.0, reference_decay=0.999)
+        _, state = tx.update(GradientPair(g, -g), tx.init(g))
+        assert state.reference.dtype == jnp.float32
+        np.testing.assert_allclose(state.reference, 0.001, rtol=1e-4)
+
+
+class TestTrustRatio:
+    """The regularizer's part is at most `rho` times the protected gradient."""
+
+    @each_scope
+    @settings(max_examples=25, deadline=None)
+    @given(pair=pairs(-8, 8), ratio=st.sampled_from([0.0, 0.1, 1.0, 3.0]))
+    def test_the_part_is_bounded_in_every_group(self, scope, pair, ratio):
+        g, r = pair
+        update = once(dtnh(1.0, scope=scope, trust_ratio=ratio), g, r)
+        parts = jax.tree.leaves(part_of(update, g))
+        rounding = 1e-6 * lengths(g)
+        if scope == "global":
+            assert lengths(parts) <= ratio * lengths(g) * (1 + 1e-5) + rounding
+            return
+        for x, part in zip(jax.tree.leaves(g), parts):
+            of = oracle.groups(x.shape, "leaf" if scope == "element" else scope)
+            for group in np.unique(of):
+                limit = ratio * lengths(np.asarray(x)[of == group])
+                assert lengths(part[of == group]) <= limit * (1 + 1e-5) + rounding
+
+    @each_scope
+    def test_a_short_part_is_left_alone(self, scope):
+        g, r = jnp.array([3.0, -4.0]), jnp.array([0.1, 0.1])
+        got = once(dtnh(1.0, scope=scope, trust_ratio=1.0), g, r)
+        np.testing.assert_array_equal(got, once(dtnh(1.0, scope=scope), g, r))
+
+    def test_what_is_shortened_keeps_its_direction(self):
+        g, r = jnp.array([1.0, 0.0]), jnp.array([-300.0, 400.0])
+        got = once(dtnh(1.0, trust_ratio=0.5), g, r)
+        np.testing.assert_allclose(got, [1.0, 0.5], rtol=1e-5)
+
+    def test_rounding_of_a_huge_regularizer_does_not_get_through(self):
+        """Almost antiparallel and 1e12 times as long: what is left is rounding."""
+        random = np.random.default_rng(0)
+        g = jnp.asarray(random.standard_normal(1000), jnp.float32)
+        r = -1e12 * g * (1 + 1e-7 * jnp.asarray(random.standard_normal(1000)))
+        got = once(dtnh(1.0, trust_ratio=1.0), g, r)
+        assert jnp.linalg.norm(got - g) <= jnp.linalg.norm(g) * (1 + 1e-5)
+
+
+class TestStages:
+    """A list of rules, each at its scope, on what the one before it has left."""
+
+    def test_a_gate_over_leaves_then_elements(self):
+        stages = [(rules.gate, "leaf"), (rules.dtnh, "element")]
+        tx = resolve_conflicts(stages, 1.0)
+        got, state = tx.update(GradientPair(G, R), tx.init(G))
+        # Leaf "a" conflicts and loses all of r; of "b" the second element agrees.
+        np.testing.assert_array_equal(got["a"], [1.0, 1.0])
+        np.testing.assert_array_equal(got["b"], [1.0, 4.0])
+        metrics = conflict_metrics(state)
+        assert metrics["conflict"] == 0.5
+        np.testing.assert_allclose(metrics["removed"], 1 - 3 / 20**0.5, rtol=1e-6)
+
+    def test_one_stage_is_the_rule_itself(self):
+        one = resolve_conflicts([(rules.pcgrad, "leaf")], 0.7)
+        chex.assert_trees_all_equal(
+            once(one, G, R),
+            once(resolve_conflicts(rules.pcgrad, 0.7, scope="leaf"), G, R),
+        )
+
+    def test_labels_may_be_the_scope_of_a_stage(self):
+        labels = {"a": "x", "b": "x"}
+        stages = [(rules.dtnh, labels), (rules.dtnh, "leaf")]
+        got = once(resolve_conflicts(stages, 1.0, trust_ratio=9.0), G, R)
+        assert float(G["a"] @ got["a"]) >= 2 - 1e-5
+
+    def test_wrong_stages_are_named(self):
+        with pytest.raises(ValueError, match="`scope` must be left out"):
+            resolve_conflicts([(rules.dtnh, "leaf")], 1.0, scope="leaf")
+        with pytest.raises(ValueError, match="at least one pair"):
+            resolve_conflicts([], 1.0)
+        with pytest.raises(TypeError, match="rule"):
+            resolve_conflicts([rules.dtnh], 1.0)
+        with pytest.raises(ValueError, match="`scope` must be one of"):
+            resolve_conflicts([(rules.dtnh, "layer")], 1.0)
+
+
+def test_metrics_per_leaf_keep_their_order_and_their_zeros():
+    params = {"a": jnp.ones(2), "frozen": jnp.ones(3), "z": jnp.ones(())}
+    g = {"a": jnp.array([3.0, 4.0]), "frozen": None, "z": jnp.array(2.0)}
+    r = {"a": jnp.array([4.0, 3.0]), "frozen": None, "z": jnp.array(-1.0)}
+    tx = dtnh(2.0)
+    state = tx.init(params)
+    _, new = tx.update(GradientPair(g, r), state, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, new)
+    groups = conflict_metrics(new, per_group=True)
+    np.testing.assert_allclose(groups["cosine"], [24 / 25, 0, -1], rtol=1e-6)
+    np.testing.assert_allclose(groups["loss_norm"], [5, 0, 2], rtol=1e-6)
+    np.testing.assert_allclose(groups["regularizer_norm"], [10, 0, 2], rtol=1e-6)
+
+
+def test_a_strength_that_overflows_leaves_the_regularizer_out():
+    g, r = jnp.array([1.0, 2.0]), jnp.array([1e30, 1e30])
+    tx = dtnh(optax.constant_schedule(jnp.float32(1e30)))
+    got, state = tx.update(GradientPair(g, r), tx.init(g))
+    np.testing.assert_array_equal(got, g)
+    assert conflict_metrics(state)["skipped"] == 1
