@@ -9,7 +9,9 @@ Layers = Sequence[str] | Callable[[str], bool]
 
 
 def is_wanted(layers: Layers, path: str) -> bool:
-    """Whether a path is among the layers."""
+    """Whether a path is among the layers; the network itself, at "", never is."""
+    if not path:
+        return False
     return bool(layers(path)) if callable(layers) else path in layers
 
 
@@ -46,17 +48,21 @@ def pick_layers(
     Raises:
       ValueError: if a layer is missing, with the paths that are most like it.
     """
+
+    def layer_names():
+        return [name for name in all_names() if name]
+
     if callable(layers):
         picked = {path: value for path, value in found.items() if layers(path)}
         if not picked:
             raise ValueError(
                 "`layers` must pick out a layer of the network, got none among "
-                f"{_listed(all_names())}."
+                f"{_listed(layer_names())}."
             )
         return picked
     for path in layers:
         if path not in found:
-            names = all_names()
+            names = layer_names()
             near = difflib.get_close_matches(path, names, n=5, cutoff=0.4)
             near_or_all = _listed(near or names)
             raise ValueError(

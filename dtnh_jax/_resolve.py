@@ -42,7 +42,8 @@ def dtnh(
         per step, instead of the gradient of this mini-batch.
       trust_ratio: at most how long the regularizer's part of the update may be, as a
         multiple of the protected gradient's norm in the same group (per leaf at
-        element scope).
+        element scope). The part is all that is added to the loss gradient; rules that
+        shorten that gradient, such as `rules.mgda`, have it in their part too.
       mask: a tree of bools, or a function of the parameters to one, as in
         `optax.masked`. Leaves that are masked out get the loss gradient alone and take
         no part in inner products.

@@ -14,12 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from dtnh_jax._trees import as_float32
 
 # Sums of squares between these bounds have lost nothing to underflow or overflow.
 _SMALLEST, _LARGEST = 1e-24, 1e30
+# With these factors all others are too.
+_UP, _DOWN = 2.0**80, 2.0**-80
 # Reciprocals of numbers between these bounds are normal numbers.
 _TINIEST, _HUGEST = 1e-36, 1e36
 
@@ -39,12 +41,16 @@ def measure_leaves(
 ) -> Geometry:
     """Measures each leaf in float32 sums: one pass over memory, a second if need be.
 
+    The second pass is for groups whose sums are out of range, with their gradients
+    scaled by a power of two. It is another turn of a loop and not a branch, since XLA
+    takes its time to compile a sum for every leaf.
+
     Args:
       xs: L arrays.
       get_ys: returns L arrays of the same shapes. It is a function so that gradients
         in closed form are computed inside the sums and never written to memory.
-      member: which leaves are merged later: the second pass is for groups whose sums
-        are out of range, and need not care for a small leaf in a large group.
+      member: which leaves are merged later: a small leaf in a large group need not be
+        in range.
 
     Returns:
       A geometry of shape `[L]`.
@@ -52,18 +58,41 @@ def measure_leaves(
     if not xs:
         return Geometry(*[jnp.zeros([0], jnp.float32)] * 3)
 
-    def plainly():
-        return _stack([_sums(x, y, None) for x, y in zip(xs, get_ys())])
+    def measure(pass_: _Pass) -> _Pass:
+        x_bys, y_bys = map(jnp.unstack, pass_.next_by)
+        rows = [
+            _sums(as_float32(x) * x_by, as_float32(y) * y_by, None)
+            for x, y, x_by, y_by in zip(xs, get_ys(), x_bys, y_bys)
+        ]
+        sums = _stack(rows)
+        next_by = tuple(_scale_for(squares, member) for squares in (sums[0], sums[2]))
+        return _Pass(pass_.number + 1, sums, pass_.next_by, next_by)
 
-    def scaled():
-        rows = [_scaled_sums(x, y, None) for x, y in zip(xs, get_ys())]
-        return _geometry(*_stack(rows))
+    def is_needed(pass_: _Pass) -> Array:
+        is_out_of_range = jnp.any(jnp.stack(pass_.next_by) != 1)
+        return (pass_.number == 0) | ((pass_.number == 1) & is_out_of_range)
 
-    xx, xy, yy = plainly()
-    in_range = _in_range(xx, member) & _in_range(yy, member)
-    if not isinstance(in_range, Tracer):  # no compilation outside of jit
-        return _geometry(xx, xy, yy) if in_range else scaled()
-    return jax.lax.cond(in_range, lambda: _geometry(xx, xy, yy), scaled)
+    ones = (jnp.ones([len(xs)], jnp.float32),) * 2
+    pass_ = _Pass(jnp.zeros([], jnp.int32), (ones[0],) * 3, ones, ones)
+    if any(isinstance(leaf, Tracer) for leaf in [pass_.number, *xs, *get_ys()]):
+        sums = jax.eval_shape(measure, pass_).sums
+        zeros = tuple(jnp.zeros(x.shape, x.dtype) for x in sums)
+        pass_ = jax.lax.while_loop(is_needed, measure, pass_._replace(sums=zeros))
+    else:  # no compilation outside of jit
+        while is_needed(pass_):
+            pass_ = measure(pass_)
+    xx, xy, yy = pass_.sums
+    x_by, y_by = pass_.by
+    return _geometry(xx, xy, yy, 1 / x_by, 1 / y_by)
+
+
+class _Pass(NamedTuple):
+    """What a pass over two trees has found, and whether there has to be another."""
+
+    number: Int[Array, ""]  # passes so far
+    sums: tuple[Float[Array, "L"], ...]
+    by: tuple[Float[Array, "L"], ...]  # what the two trees were multiplied by
+    next_by: tuple[Float[Array, "L"], ...]  # and what they should have been
 
 
 def measure_units(x: Array, y: Array) -> Geometry:
@@ -122,11 +151,14 @@ def reciprocal(x: Array) -> Array:
     return 1 / jnp.maximum(x, _TINIEST)
 
 
-def _in_range(
+def _scale_for(
     squares: Float[Array, "L"], member: Bool[np.ndarray, "G L"]
-) -> Bool[Array, ""]:
-    sums = jnp.sum(jnp.where(member, squares[None, :], 0), axis=-1)
-    return jnp.all((sums >= _SMALLEST) & (sums <= _LARGEST))
+) -> Float[Array, "L"]:
+    """A power of two for each leaf that brings the sum of its group into range."""
+    groups = jnp.sum(jnp.where(member, squares[None, :], 0), axis=-1)
+    scales = jnp.where(groups < _SMALLEST, _UP, jnp.where(groups > _LARGEST, _DOWN, 1))
+    of_leaves = jnp.where(member, scales[:, None], 0).max(axis=0)
+    return of_leaves.astype(jnp.float32)
 
 
 def real_product(x: Array, y: Array) -> Array:

@@ -35,7 +35,7 @@ OPTIMIZERS = {
     "muon": optax.contrib.muon,
     "nadam": optax.nadam,
     "nadamw": optax.nadamw,
-    "noisy_sgd": lambda rate: optax.noisy_sgd(rate, key=0),
+    "noisy_sgd": lambda rate: optax.noisy_sgd(rate, key=jax.random.PRNGKey(0)),
     "novograd": optax.novograd,
     "optimistic_gradient_descent": optax.optimistic_gradient_descent,
     "radam": optax.radam,

@@ -292,10 +292,12 @@ class EfficientNetLite0(nn.Module):
 
 
 def _norm(train: bool, dtype: Any) -> Callable[..., nn.BatchNorm]:
+    # The original's momentum, 0.99, is for long training: after 50 steps of
+    # fine-tuning, running statistics would still be those of the source's images.
     return partial(
         nn.BatchNorm,
         use_running_average=not train,
-        momentum=0.99,
+        momentum=0.9,
         epsilon=1e-3,
         dtype=dtype,
     )

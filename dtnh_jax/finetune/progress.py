@@ -1,0 +1,103 @@
+"""What is shown while it runs: bars on a terminal, plain lines elsewhere."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any, Protocol, runtime_checkable
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import TimeRemainingColumn as TimeLeft
+
+_SECONDS_BETWEEN_LINES = 30.0
+
+
+@runtime_checkable
+class Display(Protocol):
+    """What the loop tells, and somebody shows."""
+
+    def begin(self, cell: str, step: int, steps: int) -> None:
+        """A cell begins, or goes on, at a step."""
+
+    def update(self, line: dict[str, Any]) -> None:
+        """A step is done; `line` is what is written to `metrics.jsonl`."""
+
+    def end(self, summary: str) -> None:
+        """The cell is complete."""
+
+
+@contextlib.contextmanager
+def display(console: Console, title: str, cells: int, steps: int) -> Iterator[Display]:
+    """Shows progress over so many cells of so many steps each."""
+    if not console.is_terminal:
+        yield _Lines(console, cells)
+        return
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+        TimeLeft(compact=True),
+    )
+    with Progress(*columns, console=console) as progress:
+        overall = progress.add_task(title, total=cells * steps, note="steps")
+        yield _Bars(progress, overall, steps)
+
+
+def note(line: dict[str, Any]) -> str:
+    """The numbers of a step that tell whether all is well."""
+    parts = [f"loss {line['loss']:.3f}"]
+    if "cosine" in line:
+        parts.append(f"cosine {line['cosine']:+.2f}")
+    return ", ".join([*parts, f"{line['images_per_second']:.0f} images/s"])
+
+
+class _Bars:
+    def __init__(self, progress: Progress, overall: Any, steps: int):
+        self._progress, self._overall, self._steps = progress, overall, steps
+        self._cells_done, self._task = 0, None
+
+    def begin(self, cell: str, step: int, steps: int) -> None:
+        self._task = self._progress.add_task(
+            cell, total=steps, completed=step, note="compiling"
+        )
+
+    def update(self, line: dict[str, Any]) -> None:
+        assert self._task is not None
+        self._progress.update(self._task, completed=line["step"], note=note(line))
+        done = self._cells_done * self._steps + line["step"]
+        self._progress.update(self._overall, completed=done)
+
+    def end(self, summary: str) -> None:
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task = None
+        self._cells_done += 1
+        self._progress.update(self._overall, completed=self._cells_done * self._steps)
+        self._progress.console.print(summary, markup=False, highlight=False)
+
+
+class _Lines:
+    def __init__(self, console: Console, cells: int):
+        self._console, self._cells = console, cells
+        self._cells_done, self._cell, self._steps = 0, "", 0
+        self._last = time.monotonic()
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def begin(self, cell: str, step: int, steps: int) -> None:
+        self._cell, self._steps = cell, steps
+        if step:
+            self._print(f"{cell}: goes on after step {step} of {steps}")
+
+    def update(self, line: dict[str, Any]) -> None:
+        if time.monotonic() - self._last > _SECONDS_BETWEEN_LINES:
+            self._last = time.monotonic()
+            at = f"step {line['step']} of {self._steps}"
+            self._print(f"{self._cell}: {at}, {note(line)}")
+
+    def end(self, summary: str) -> None:
+        self._cells_done += 1
+        self._last = time.monotonic()
+        self._print(f"[{self._cells_done}/{self._cells}] {summary}")

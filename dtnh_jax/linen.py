@@ -1,0 +1,289 @@
+"""Train steps for Flax linen, and the features of networks that nobody changed."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+from flax import core, struct, traverse_util
+from flax.core.scope import in_filter, union_filters
+from flax.training import train_state
+from jaxtyping import Array, PRNGKeyArray
+
+from dtnh_jax import _layers
+from dtnh_jax._layers import Layers
+from dtnh_jax.gradients import value_and_gradient_pair
+
+__all__ = ["Forward", "TrainState", "capture_features", "train_step"]
+
+Variables = Any  # collections by name, as `Module.init` returns them
+Batch = Any
+
+
+class TrainState(train_state.TrainState):
+    """Flax's train state with batch statistics.
+
+    Attributes:
+      batch_stats: running statistics, as in the variables of the network; empty for a
+        network that has none.
+
+    Example:
+      >>> import flax.linen as nn, jax.numpy as jnp, optax
+      >>> model = nn.BatchNorm(use_running_average=False)
+      >>> variables = model.init(jax.random.key(0), jnp.ones((2, 3)))
+      >>> state = TrainState.create(
+      ...     apply_fn=model.apply, tx=optax.sgd(0.1), **variables
+      ... )
+      >>> print(state.batch_stats["mean"])
+      [0. 0. 0.]
+    """
+
+    # Flax's own types leave out abstract arrays, and the dicts that `init` returns.
+    step: Any
+    params: Any
+    batch_stats: Any = struct.field(default_factory=dict)
+
+
+class Forward(NamedTuple):
+    """What a network made of a batch."""
+
+    output: Any  # what it returned, such as logits
+    features: dict[str, Any]  # the outputs of layers, by path
+
+
+def capture_features(
+    model: nn.Module, layers: Layers, *, collection: str = "intermediates"
+) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """Makes `model.apply` return the outputs of some layers too.
+
+    The network need not be written for it. What a network sows by itself counts as a
+    layer too: its path is that of the module, with the name of the value at the end.
+
+    Args:
+      model: the network.
+      layers: paths of layers such as `"encoder/block_3"`, or a function that tells
+        from a path whether the layer is wanted.
+      collection: where to look for values that the network sows.
+
+    Returns:
+      A function with the arguments of `model.apply`. It returns what `model.apply`
+      does, and a dict of features by path; of a layer that is called more than once,
+      a tuple of them.
+
+    Raises:
+      TypeError: if `layers` is a string.
+      ValueError: on calling, if a layer is missing, with the paths that are like it.
+
+    Example:
+      >>> import flax.linen as nn, jax.numpy as jnp
+      >>> model = nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)])
+      >>> variables = model.init(jax.random.key(0), jnp.ones((1, 3)))
+      >>> apply = capture_features(model, ["layers_0"])
+      >>> logits, features = apply(variables, jnp.ones((1, 3)))
+      >>> features["layers_0"].shape
+      (1, 4)
+    """
+    _layers.check_layers(layers)
+    sown = list({"intermediates", collection})
+
+    def run(variables, args, mutable, kwargs, is_wanted: Callable[[str], bool]):
+        output, updated = model.apply(
+            # Were they passed in, linen would append to the features of earlier calls.
+            {name: tree for name, tree in variables.items() if name not in sown},
+            *args,
+            mutable=union_filters(mutable, sown),
+            capture_intermediates=lambda module, method: (
+                method == "__call__" and is_wanted("/".join(module.path))
+            ),
+            **kwargs,
+        )
+        return output, core.unfreeze(updated)
+
+    def apply(variables, *args, mutable: Any = False, **kwargs):
+        output, updated = run(
+            variables, args, mutable, kwargs, lambda p: _layers.is_wanted(layers, p)
+        )
+        found = {}
+        for name in sown:
+            flat = traverse_util.flatten_dict(updated.get(name, {}), sep="/")
+            for path, value in flat.items():
+                found[_layers.without_call(path)] = _layers.single(value)
+
+        def all_names():
+            names = set(found)
+
+            def note(path):
+                names.add(path)
+                return False
+
+            jax.eval_shape(lambda: run(variables, args, mutable, kwargs, note)[1])
+            return sorted(names)
+
+        features = _layers.pick_layers(layers, found, all_names)
+        if mutable is False:
+            return output, features
+        kept = {k: v for k, v in updated.items() if in_filter(mutable, k)}
+        return (output, kept), features
+
+    return apply
+
+
+def train_step(
+    model: nn.Module,
+    forward: Callable[[Any, Batch, bool], Any],
+    loss: Callable[[Any, Batch], Any],
+    regularizer: Callable[[Forward, Forward | None, Batch], Any] | None = None,
+    *,
+    features: Layers = (),
+    collection: str = "intermediates",
+    teacher_model: nn.Module | None = None,
+    has_aux: bool = False,
+) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """Builds a train step: one forward pass, one gradient or two, one update.
+
+    The network in training runs once a step, and that pass alone updates its batch
+    statistics. The teacher runs with its own variables in evaluation mode, outside of
+    what is differentiated.
+
+    Without a regularizer the step takes the gradient of the loss alone. That is also
+    the way for regularizers of the weights, such as `regularizers.l2_sp`: they stand
+    in the optimizer, in `add_regularizer`, and need no backward pass.
+
+    Args:
+      model: the network.
+      forward: runs a network on a batch, `(network, batch, train) -> output`.
+      loss: maps `(output, batch)` to a scalar, or with `has_aux` to a scalar and a
+        dict of metrics.
+      regularizer: maps `(student, teacher, batch)`, the first two of them `Forward`,
+        to a scalar without its strength, or to a dict of scalars by name. The
+        optimizer has to take a `GradientPair`, as `dtnh` does. `teacher` is None where
+        the step is given none.
+      features: layers for `Forward.features`; see `capture_features`.
+      collection: see `capture_features`.
+      teacher_model: the teacher's network where it is not `model`, for example because
+        it has another head.
+      has_aux: whether `loss` returns metrics too.
+
+    Returns:
+      A pure function, to be jitted, of `(state, batch, rng=None, teacher=None)`. It
+      returns the new state and a dict of metrics from before the update: `loss`,
+      `regularizer` if there is one, and those of `loss`.
+        `state` is a `TrainState`, and may be donated.
+        `rng` is for dropout and the like: one key for the whole run, into which the
+        number of the step is folded.
+        `teacher` is the variables of the pretrained network; not those of `state` if
+        that is donated, but a copy.
+
+    Raises:
+      TypeError: if `regularizer` is not a function.
+      ValueError: on calling, if a layer is missing, or if the network has batch
+        statistics that the state lacks.
+
+    Example:
+      >>> import flax.linen as nn, jax.numpy as jnp, optax
+      >>> from dtnh_jax import dtnh, linen, regularizers
+      >>> class Network(nn.Module):
+      ...     @nn.compact
+      ...     def __call__(self, x, train):
+      ...         x = nn.relu(nn.Dense(8, name="body")(x))
+      ...         x = nn.BatchNorm(use_running_average=not train)(x)
+      ...         x = nn.Dropout(0.1, deterministic=not train)(x)
+      ...         return nn.Dense(3, name="head")(x)
+      >>> model = Network()
+      >>> step = linen.train_step(
+      ...     model,
+      ...     forward=lambda network, batch, train: network(batch["x"], train),
+      ...     loss=lambda logits, batch: jnp.mean(
+      ...         optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+      ...     ),
+      ...     regularizer=lambda student, teacher, batch: regularizers.feature_map(
+      ...         student.features, teacher.features
+      ...     ),
+      ...     features=["body"],
+      ... )
+      >>> batch = {"x": jnp.ones((2, 4)), "y": jnp.array([0, 2])}
+      >>> pretrained = model.init(jax.random.key(0), batch["x"], train=False)
+      >>> tx = optax.chain(dtnh(strength=0.1), optax.sgd(0.1))
+      >>> state = linen.TrainState.create(apply_fn=model.apply, tx=tx, **pretrained)
+      >>> key = jax.random.key(1)
+      >>> state, metrics = jax.jit(step)(state, batch, key, teacher=pretrained)
+      >>> sorted(metrics), int(state.step)
+      (['loss', 'regularizer'], 1)
+    """
+    if regularizer is not None and not callable(regularizer):
+        raise TypeError(
+            "`regularizer` must be a function of (student, teacher, batch), got "
+            f"{type(regularizer).__name__}. A WeightRegularizer belongs in the "
+            "optimizer: `optax.chain(add_regularizer(...), ...)`."
+        )
+    teacher_model = model if teacher_model is None else teacher_model
+    apply = capture_features(model, features, collection=collection)
+    apply_teacher = capture_features(teacher_model, features, collection=collection)
+
+    def step(
+        state: train_state.TrainState,
+        batch: Batch,
+        rng: PRNGKeyArray | Array | None = None,
+        teacher: Variables | None = None,
+    ) -> tuple[Any, dict[str, Any]]:
+        batch_stats = getattr(state, "batch_stats", {})
+        rngs = None if rng is None else jax.random.fold_in(rng, state.step)
+        target = None
+        if regularizer is not None and teacher is not None:
+            target = Forward(*apply_teacher(teacher, batch, False, method=forward))
+
+        def run(params):
+            (output, updated), found = apply(
+                {"params": params, "batch_stats": batch_stats},
+                batch,
+                True,
+                method=forward,
+                mutable=["batch_stats"],
+                rngs=rngs,
+            )
+            value = loss(output, batch)
+            value, metrics = value if has_aux else (value, {})
+            aux = updated.get("batch_stats", {}), metrics
+            return value, Forward(output, found), aux
+
+        if regularizer is None:
+
+            def of_loss(params):
+                value, _, aux = run(params)
+                return value, aux
+
+            value_and_grad = jax.value_and_grad(of_loss, has_aux=True)
+            (value, (new_stats, metrics)), grads = value_and_grad(state.params)
+            metrics = {"loss": value, **metrics}
+        else:
+
+            def objective(params, regularizer=regularizer):
+                value, student, aux = run(params)
+                return (value, regularizer(student, target, batch)), aux
+
+            value_and_pair = value_and_gradient_pair(objective, has_aux=True)
+            (values, (new_stats, metrics)), grads = value_and_pair(state.params)
+            metrics = {"loss": values[0], "regularizer": values[1], **metrics}
+
+        new_stats = _like(batch_stats, new_stats)
+        state = state.apply_gradients(grads=grads)
+        if jax.tree.leaves(new_stats):
+            state = state.replace(batch_stats=new_stats)
+        return state, metrics
+
+    return step
+
+
+def _like(batch_stats: Any, new_stats: Any) -> Any:
+    """Returns new statistics in the kind of tree, frozen or not, of the old ones."""
+    old, new = (
+        jax.tree.structure(core.unfreeze(stats)) for stats in (batch_stats, new_stats)
+    )
+    if old != new:
+        raise ValueError(
+            "`state.batch_stats` must be the statistics of the network, as in "
+            "`TrainState.create(batch_stats=variables['batch_stats'], ...)`, got "
+            f"{old.num_leaves} arrays where the network has {new.num_leaves}."
+        )
+    structure = jax.tree.structure(batch_stats)
+    return jax.tree.unflatten(structure, jax.tree.leaves(new_stats))

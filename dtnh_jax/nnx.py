@@ -1,0 +1,275 @@
+"""The gradient pair of NNX modules, and features of networks that nobody changed."""
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx import filterlib
+
+from dtnh_jax import _layers, gradients
+from dtnh_jax._layers import Layers
+from dtnh_jax.gradients import GradientPair
+
+__all__ = ["capture_features", "frozen_teacher", "value_and_gradient_pair"]
+
+M = TypeVar("M", bound=nnx.Module)
+State = Any  # nnx.State, whose type parameters runtime checkers cannot read
+
+# Methods of classes are replaced while a network runs: one network at a time.
+_lock = threading.RLock()
+
+
+def value_and_gradient_pair(
+    objective: Callable[..., Any],
+    has_aux: bool = False,
+    *,
+    wrt: filterlib.Filter = nnx.Param,
+) -> Callable[..., tuple[Any, GradientPair]]:
+    """Differentiates a loss and a regularizer of an NNX module in one forward pass.
+
+    What `dtnh_jax.value_and_gradient_pair` is for functions of a tree, this is for
+    functions of a module. Whatever else the one forward pass changes in the module, or
+    in modules, random streams and metrics among the other arguments, is changed in
+    them afterwards, once: batch statistics, say, or the counters of dropout.
+
+    Args:
+      objective: maps `(model, *args)` to `(loss, regularizer)`, or with `has_aux` to
+        `((loss, regularizer), aux)`; see `dtnh_jax.value_and_gradient_pair`.
+      has_aux: whether `objective` returns auxiliary data too.
+      wrt: filter of the variables to differentiate; the same as the optimizer's.
+
+    Returns:
+      A function of `(model, *args)`, inside of `nnx.jit` or not, that returns
+      `((loss, regularizer), pair)`, or with `has_aux`
+      `(((loss, regularizer), aux), pair)`. The gradients are states, as those of
+      `nnx.grad`, for `optimizer.update(model, pair)`, or for
+      `optimizer.update(model, pair.loss, regularizer_grads=pair.regularizer)`.
+
+    Raises:
+      TypeError: on calling, if `objective` does not return a pair of scalars.
+      ValueError: on calling, if `wrt` picks out nothing in the model.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from flax import nnx
+      >>> import dtnh_jax.nnx
+      >>> from dtnh_jax import dtnh, regularizers
+      >>> rngs = nnx.Rngs(0)
+      >>> model = nnx.Sequential(
+      ...     nnx.Linear(4, 8, rngs=rngs),
+      ...     nnx.BatchNorm(8, rngs=rngs),
+      ...     nnx.Dropout(0.1, rngs=rngs),
+      ...     nnx.Linear(8, 3, rngs=rngs),
+      ... )
+      >>> teacher = dtnh_jax.nnx.frozen_teacher(model)
+      >>> tx = optax.chain(dtnh(strength=0.1), optax.sgd(0.1))
+      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+      >>> def objective(model, teacher, x, y):
+      ...     logits = model(x)
+      ...     loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+      ...     return loss, regularizers.logit_distillation(logits, teacher(x))
+      >>> @nnx.jit
+      ... def step(model, optimizer, teacher, x, y):
+      ...     value_and_pair = dtnh_jax.nnx.value_and_gradient_pair(objective)
+      ...     (loss, regularizer), pair = value_and_pair(model, teacher, x, y)
+      ...     optimizer.update(model, pair)
+      ...     return loss, regularizer
+      >>> x, y = jnp.ones((2, 4)), jnp.array([0, 2])
+      >>> loss, regularizer = step(model, optimizer, teacher, x, y)
+      >>> print(optimizer.step.get_value())
+      1
+    """
+    is_wanted = filterlib.to_predicate(wrt)
+
+    def is_trained(path, value):
+        return path[0] == 0 and is_wanted(path[1:], value)
+
+    def value_and_pair(model, *args, **kwargs):
+        # Inside of a derivative only modules that are made there can be changed, so
+        # those among the arguments are taken apart, and put together again inside.
+        leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=_is_node)
+        at = [i for i, leaf in enumerate(leaves) if _is_node(leaf)]
+        nodes = [model, *[leaves[i] for i in at]]
+        graphdef, trained, rest = nnx.split(nodes, is_trained, ...)
+        if not jax.tree.leaves(trained):
+            raise ValueError(
+                f"`wrt` must pick out variables of the model, got {wrt!r}, which picks "
+                f"out nothing in this {type(model).__name__}."
+            )
+
+        def of_trained(trained):
+            inner = nnx.merge(graphdef, trained, rest, copy=True)
+            filled = list(leaves)
+            for i, node in zip(at, inner[1:]):
+                filled[i] = node
+            inner_args, inner_kwargs = jax.tree.unflatten(treedef, filled)
+            outputs = objective(inner[0], *inner_args, **inner_kwargs)
+            values, aux = outputs if has_aux else (outputs, None)
+            _, _, new = nnx.split(inner, is_trained, ...)
+            return values, (aux, _changes(rest, new))
+
+        (values, (aux, changes)), pair = gradients.value_and_gradient_pair(
+            of_trained, has_aux=True
+        )(trained)
+        nnx.update(nodes, changes)
+        of_regularizer = pair.regularizer
+        if isinstance(values[1], dict):
+            of_regularizer = {name: grads[0] for name, grads in of_regularizer.items()}
+        else:
+            of_regularizer = of_regularizer[0]
+        pair = GradientPair(pair.loss[0], of_regularizer)
+        return ((values, aux) if has_aux else values), pair
+
+    return value_and_pair
+
+
+def capture_features(model: nnx.Module, layers: Layers) -> Callable[..., Any]:
+    """Makes a module return the outputs of some of its layers too.
+
+    The network need not be written for it. What a network sows as `nnx.Intermediate`
+    counts as a layer too: its path is that of the module, with the name of the value
+    at the end.
+
+    Args:
+      model: the network.
+      layers: paths of layers such as `"encoder/blocks/3"`, or a function that tells
+        from a path whether the layer is wanted.
+
+    Returns:
+      A function with the arguments of `model`. It returns what `model` does, and a
+      dict of features by path; of a layer that is called more than once, a tuple of
+      them.
+
+    Raises:
+      TypeError: if `layers` is a string.
+      ValueError: on calling, if a layer is missing, with the paths that are like it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.relu)
+      >>> output, features = capture_features(model, ["layers/0"])(jnp.ones((1, 3)))
+      >>> features["layers/0"].shape
+      (1, 4)
+    """
+    _layers.check_layers(layers)
+
+    def call(*args, **kwargs):
+        # Capturing adds attributes: to new modules with the variables of the old ones,
+        # because in a derivative the modules from outside cannot be changed.
+        network = nnx.recursive_map(lambda path, node: node, model)
+        modules = {
+            "/".join(map(str, path)): module
+            for path, module in nnx.iter_modules(network)
+        }
+        classes = {
+            type(module)
+            for path, module in modules.items()
+            if _layers.is_wanted(layers, path) and callable(module)
+        }
+        with _sowing_calls(classes):
+            run = nnx.capture(lambda net: net(*args, **kwargs), nnx.Intermediate)
+            output, captured = run(network)
+        found = {}
+        for path, variable in nnx.to_flat_state(captured):
+            layer = _layers.without_call("/".join(map(str, path)))
+            # Other layers of the same classes were captured with those wanted.
+            if layer not in modules or _layers.is_wanted(layers, layer):
+                found[layer] = _layers.single(variable.get_value())
+
+        def all_names():
+            return sorted({*modules, *found})
+
+        return output, _layers.pick_layers(layers, found, all_names)
+
+    return call
+
+
+def frozen_teacher(model: M) -> M:
+    """Copies a module as it is now, in evaluation mode, to regularize towards it.
+
+    Nothing is shared with `model`, so training, changing and donating that are safe.
+    Give the teacher to the train step as an argument: under `nnx.jit` the weights of a
+    module that is closed over become constants of the compiled program.
+
+    Args:
+      model: the pretrained network.
+
+    Returns:
+      A module like `model`, without dropout and with running statistics.
+
+    Example:
+      >>> from flax import nnx
+      >>> model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+      >>> teacher = frozen_teacher(model)
+      >>> model.use_running_average, teacher.use_running_average
+      (False, True)
+    """
+    graphdef, state = nnx.split(model)
+    teacher = nnx.merge(graphdef, jax.tree.map(jnp.copy, state))
+    teacher.eval()
+    return teacher
+
+
+def _is_node(x: Any) -> bool:
+    """Whether an argument can hold variables, which a forward pass may change."""
+    return isinstance(x, (nnx.Pytree, nnx.Variable))
+
+
+def _changes(old: State, new: State) -> State:
+    """The variables of `new` that are not in `old`, or have another value there.
+
+    Others stay as they are, since they may belong to a module, such as a teacher from
+    outside of `nnx.jit`, that cannot be changed here.
+    """
+    before = dict(nnx.to_flat_state(old))
+    return nnx.from_flat_state(
+        [
+            (path, variable)
+            for path, variable in nnx.to_flat_state(new)
+            if path not in before or _value(variable) is not _value(before[path])
+        ]
+    )
+
+
+def _value(leaf: Any) -> Any:
+    return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+
+
+@contextlib.contextmanager
+def _sowing_calls(classes: set[type]) -> Iterator[None]:
+    """Makes instances of classes sow their outputs, under `nnx.capture`.
+
+    Differs from the `method_outputs` of `nnx.capture`, which wraps all public methods
+    of all classes: that misses inherited ones and breaks static ones.
+    """
+    with _lock:
+        own = {cls: vars(cls).get("__call__") for cls in classes}
+        # All are looked up before any is replaced, for they may inherit from another.
+        sowing = {cls: _sowing(cls, cls.__call__) for cls in classes}
+        try:
+            for cls in classes:
+                cls.__call__ = sowing[cls]
+            yield
+        finally:
+            for cls, method in own.items():
+                if method is None:
+                    del cls.__call__
+                else:
+                    cls.__call__ = method
+
+
+def _sowing(cls: type, method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(self, *args, **kwargs):
+        output = method(self, *args, **kwargs)
+        if type(self) is cls and hasattr(self, "__captures__"):
+            self.sow(nnx.Intermediate, "__call__", output)
+        return output
+
+    return call

@@ -1,0 +1,201 @@
+"""Training, on a network so small that every promise can be checked quickly."""
+
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny_network
+
+from dtnh_jax import regularizers
+from dtnh_jax.finetune import data, loop
+from dtnh_jax.finetune.config import Config
+from dtnh_jax.finetune.methods import METHODS
+
+NETWORK = tiny_network.TinyNetwork(2)
+SOURCE = tiny_network.TINY
+VARIABLES = loop.starting_variables(SOURCE, 2, 0, is_pretrained=True)
+KEY = loop.training_key(0)
+each_method = pytest.mark.parametrize("name", METHODS)
+
+
+@pytest.fixture(scope="module")
+def batches():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (20, 16, 16, 3), np.uint8)
+    labels = np.arange(20, dtype=np.int32) % 2
+    images[labels == 1] //= 2  # the class can be seen
+    return data.training_batches(data.Examples(images, labels), 8, seed=0)
+
+
+@functools.cache
+def trainer(regularizer):
+    """Returns one trainer of four steps for all tests: compiling it takes seconds."""
+    return new_trainer(regularizer, Config(), 4)
+
+
+def new_trainer(regularizer, config, steps):
+    return loop.make_trainer(SOURCE, NETWORK, VARIABLES, regularizer, config, steps)
+
+
+def train(name, batches, strength, steps=4, variables=VARIABLES, made=None):
+    method = METHODS[name]
+    made = made or trainer(method.regularizer)
+    state, lines = None, []
+    first = made.init(variables, method, strength)
+    for after, metrics in loop.train(made, first, batches, VARIABLES, KEY, steps):
+        state = after
+        lines.append(jax.device_get(metrics))
+    assert state is not None
+    return state, lines
+
+
+def assert_same(one, other, rtol=0.0):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=0.1 * rtol)
+
+
+@pytest.mark.parametrize(
+    ("regularizer", "optimizer"),
+    [(None, "sgd"), ("l2_sp", "sgd"), ("feature_map", "sgd"), ("l2_sp", "adamw")],
+)
+def test_every_method_learns_and_compiles_once(regularizer, optimizer, batches):
+    config = Config(optimizer=optimizer, learning_rate=0.1)
+    made = new_trainer(regularizer, config, 40)
+    for name, method in METHODS.items():
+        if method.regularizer != regularizer:
+            continue
+        state, lines = train(name, batches, 0.001, steps=40, made=made)
+        assert np.mean([x["loss"] for x in lines[-5:]]) < 0.8 * lines[0]["loss"]
+        assert int(state.step) == 40
+        # Another seed and strength are other data.
+        other = loop.starting_variables(SOURCE, 2, 7, method.is_pretrained)
+        train(name, batches, 0.01, steps=2, variables=other, made=made)
+        has_cosine = regularizer is not None
+        assert ("cosine" in lines[0]) == ("regularizer" in lines[0]) == has_cosine
+    assert made.step._cache_size() == 1  # pyright: ignore[reportFunctionMemberAccess]
+
+
+@each_method
+def test_variables_outlive_the_states_made_of_them(name, batches):
+    before = jax.tree.map(np.array, VARIABLES)
+    first, _ = train(name, batches, 0.1)
+    second, _ = train(name, batches, 0.1)
+    assert_same(first.params, second.params)
+    assert_same(before, VARIABLES)
+
+
+@pytest.mark.parametrize("name", ["l2_sp", "l2_sp+dtnh", "feature_map"])
+def test_strength_zero_is_plain_fine_tuning(name, batches):
+    plain, _ = train("fine-tuning", batches, 0.0)
+    regularized, lines = train(name, batches, 0.0)
+    assert_same(plain.params, regularized.params, rtol=1e-5)
+    assert lines[-1]["regularizer_norm"] == 0
+
+
+@pytest.mark.parametrize("name", ["l2_sp", "feature_map"])
+def test_strength_pulls_to_the_source(name, batches):
+    _, weak = train(name, batches, 0.0)
+    _, strong = train(name, batches, 1.0)
+    assert strong[-1]["regularizer"] < weak[-1]["regularizer"]
+
+
+@pytest.mark.parametrize("regularizer", ["l2_sp", "feature_map"])
+def test_the_rule_resolves_and_the_sum_does_not(regularizer, batches):
+    def lines(name):
+        found = []
+        for sign in (-1, 1):  # on either side of the source: one of them conflicts
+            params = jax.tree.map(
+                lambda x, sign=sign: x + sign * 0.1, VARIABLES["params"]
+            )
+            moved = {**VARIABLES, "params": params}
+            found += train(name, batches, 0.3, steps=2, variables=moved)[1]
+        return found
+
+    assert all(line["removed"] < 1e-5 for line in lines(regularizer))
+    conflicts = [x for x in lines(f"{regularizer}+dtnh") if x["conflict"] == 1]
+    assert conflicts
+    for line in conflicts:  # what is left of r is its part at a right angle to g
+        expected = 1 - np.sqrt(1 - line["cosine"] ** 2)
+        np.testing.assert_allclose(line["removed"], expected, atol=1e-5)
+
+
+def test_a_step_is_the_gradient_of_the_regularized_loss(batches):
+    strength = 0.3
+    statistics = VARIABLES["batch_stats"]
+    # Away from where the regularizer's gradient is zero.
+    params = jax.tree.map(lambda x: x + 0.01, VARIABLES["params"])
+    moved = {"params": params, "batch_stats": statistics}
+    state, _ = train("l2_sp", batches, strength, steps=1, variables=moved)
+
+    def objective(params):
+        logits, updated = NETWORK.apply(
+            {"params": params, "batch_stats": statistics},
+            SOURCE.preprocess(batches[0]["image"]),
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": jax.random.fold_in(KEY, 0)},
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            logits, batches[0]["label"]
+        )
+        penalty = regularizers.l2_sp(
+            VARIABLES["params"], new=lambda path: path.startswith("head/")
+        )
+        return losses.mean() + strength * penalty.value(params), updated
+
+    grads, updated = jax.jit(jax.grad(objective, has_aux=True))(params)
+    # Nesterov's first step is 1 + 0.9 times the gradient.
+    expected = jax.tree.map(lambda p, g: p - 0.01 * 1.9 * g, params, grads)
+    assert_same(state.params, expected, rtol=1e-5)
+    assert_same(state.batch_stats, updated["batch_stats"], rtol=1e-5)
+
+
+def test_batch_statistics_do_not_depend_on_the_method(batches):
+    first, *others = [train(name, batches, 0.1, steps=1)[0] for name in METHODS]
+    for other in others:
+        assert_same(first.batch_stats, other.batch_stats, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["l2_sp+dtnh", "feature_map+dtnh"])
+def test_scope_changes_what_is_in_conflict(name, batches):
+    of_scope = {}
+    for scope in ("global", "element"):
+        made = new_trainer(METHODS[name].regularizer, Config(scope=scope), 4)
+        _, lines = train(name, batches, 0.1, made=made)
+        of_scope[scope] = [float(line["conflict"]) for line in lines]
+    assert set(of_scope["global"]) <= {0.0, 1.0}
+    assert any(0.0 < share < 1.0 for share in of_scope["element"])
+
+
+def test_training_goes_on_from_any_state(batches):
+    made = trainer("l2_sp")
+    whole, lines = train("l2_sp+dtnh", batches, 0.1)
+    first = made.init(VARIABLES, METHODS["l2_sp+dtnh"], 0.1)
+    halves = loop.train(made, first, batches, VARIABLES, KEY, 2)
+    *_, (half, _) = halves
+    *_, (state, _) = loop.train(made, half, batches, VARIABLES, KEY, 4)
+    assert_same(state, whole)
+    assert len(lines) == 4
+
+
+def test_seeds_differ_in_the_head_and_methods_of_a_seed_do_not():
+    heads = [
+        loop.starting_variables(SOURCE, 2, seed, is_pretrained=True)["params"]["head"]
+        for seed in (0, 1, 0)
+    ]
+    assert (heads[0]["kernel"] != heads[1]["kernel"]).any()
+    assert_same(heads[0], heads[2])
+
+
+def test_predictions_leave_the_padding_out(batches):
+    state = trainer(None).init(VARIABLES, METHODS["scratch"], 0.0)
+    predict = loop.make_predictor(SOURCE, NETWORK)
+    batch = batches[0]
+    examples = data.Examples(batch["image"], batch["label"])
+    in_parts = loop.predictions(predict, state, examples, batch_size=3)
+    assert in_parts == loop.predictions(predict, state, examples, batch_size=8)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    assert in_parts == predict(variables, batch["image"]).tolist()

@@ -1,0 +1,49 @@
+"""The command with one more source: a network so small that a step takes nothing.
+
+It has all that the loop has to take care of: batch statistics, dropout, a head of its
+own and feature maps. Its weights are drawn once and called pretrained.
+"""
+
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dtnh_jax.finetune.sources import SOURCES, Source
+
+
+class TinyNetwork(nn.Module):
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images, *, train):
+        x = nn.Conv(4, (3, 3), strides=4, name="stem")(images)
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, name="norm")(x)
+        x = nn.relu(x)
+        if not self.is_initializing():
+            latest = {"reduce_fn": lambda _, new: new, "init_fn": lambda: None}
+            self.sow("features", "maps", x, **latest)
+        x = nn.Dropout(0.2, deterministic=not train)(x.mean((1, 2)))
+        return nn.Dense(self.num_classes, name="head")(x)
+
+
+def _load():
+    images = jnp.zeros((1, 16, 16, 3))
+    return dict(TinyNetwork(7).init(jax.random.key(42), images, train=False))
+
+
+TINY = Source(
+    name="tiny",
+    licence="none",
+    module=TinyNetwork,
+    preprocess=lambda images: jnp.asarray(images, jnp.float32) / 255,
+    feature_layers=("maps",),
+    load=_load,
+)
+
+if __name__ == "__main__":
+    from dtnh_jax.finetune.__main__ import main
+
+    SOURCES["tiny"] = TINY
+    sys.exit(main())
