@@ -14,11 +14,11 @@ from dtnh_jax.nnx import capture_features, frozen_teacher, value_and_gradient_pa
 
 class Block(nnx.Module):
     def __init__(self, inputs, outputs, rngs):
-        self.conv = nnx.Conv(inputs, outputs, (3, 3), use_bias=False, rngs=rngs)
+        self.dense = nnx.Linear(inputs, outputs, use_bias=False, rngs=rngs)
         self.norm = nnx.BatchNorm(outputs, momentum=0.9, rngs=rngs)
 
     def __call__(self, x):
-        return self.activate(self.norm(self.conv(x)))
+        return self.activate(self.norm(self.dense(x)))
 
     @staticmethod
     def activate(x):
@@ -38,12 +38,11 @@ class Network(nnx.Module):
     def __call__(self, x):
         for block in self.blocks:
             x = block(x)
-        x = x.mean((1, 2))
-        self.sow(nnx.Intermediate, "pooled", x) if hasattr(self, "__captures__") else 0
+        self.sow(nnx.Intermediate, "hidden", x) if hasattr(self, "__captures__") else 0
         return self.head(self.dropout(x))
 
 
-X = jax.random.normal(jax.random.key(0), (8, 6, 6, 2))
+X = jax.random.normal(jax.random.key(0), (8, 2))
 Y = jnp.arange(8) % 3
 LAYERS = ["blocks/0", "blocks/1"]
 
@@ -214,15 +213,15 @@ def test_shared_variables_are_differentiated_once():
 def test_features_by_path_predicate_and_sown_name():
     model = network()
     model.eval()
-    logits, found = capture_features(model, ["blocks/1", "blocks/0/conv"])(X)
-    assert list(found) == ["blocks/1", "blocks/0/conv"]
-    assert found["blocks/1"].shape == (8, 6, 6, 3)
-    np.testing.assert_array_equal(found["blocks/0/conv"], model.blocks[0].conv(X))
+    logits, found = capture_features(model, ["blocks/1", "blocks/0/dense"])(X)
+    assert list(found) == ["blocks/1", "blocks/0/dense"]
+    assert found["blocks/1"].shape == (8, 3)
+    np.testing.assert_array_equal(found["blocks/0/dense"], model.blocks[0].dense(X))
     np.testing.assert_array_equal(logits, model(X))
     _, found = capture_features(model, lambda path: path.endswith("norm"))(X)
     assert set(found) == {"blocks/0/norm", "blocks/1/norm"}
-    _, found = capture_features(model, ["pooled"])(X)
-    assert found["pooled"].shape == (8, 3)
+    _, found = capture_features(model, ["hidden"])(X)
+    assert found["hidden"].shape == (8, 3)
 
 
 def test_capturing_leaves_classes_and_modules_as_they_were():
@@ -233,7 +232,7 @@ def test_capturing_leaves_classes_and_modules_as_they_were():
     assert [dict(vars(cls)) for cls in (Block, Narrow, nnx.BatchNorm)] == before
     assert set(vars(model.blocks[0])) == attributes
     # All the same the forward pass has updated the statistics, once.
-    expected = 0.1 * model.blocks[0].conv(X).mean((0, 1, 2))
+    expected = 0.1 * model.blocks[0].dense(X).mean(0)
     np.testing.assert_allclose(model.blocks[0].norm.mean[...], expected, rtol=1e-4)
     with pytest.raises(TypeError):
         capture_features(model, LAYERS)()
@@ -257,7 +256,7 @@ def test_a_layer_that_is_called_twice_has_two_features():
     ("layers", "says"),
     [
         (["blocks/2"], r"got 'blocks/2'\. Near it are 'blocks/[01]'"),
-        (["?"], "There are 'blocks', 'blocks/0', 'blocks/0/conv'"),
+        (["?"], "There are 'blocks', 'blocks/0', 'blocks/0/dense'"),
         (lambda path: False, "`layers` must pick out a layer .* among 'blocks'"),
     ],
 )
