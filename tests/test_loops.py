@@ -190,13 +190,13 @@ STEP = linen.train_step(
     ),
 )
 DONATING_STEP = jax.jit(STEP, donate_argnums=0)
+TX = optax.chain(dtnh(1.0, reference_decay=0.9), optax.adam(0.05))
 
 
 def linen_state():
-    tx = optax.chain(dtnh(1.0, reference_decay=0.9), optax.adam(0.05))
     params = MODEL.init(jax.random.key(5), X, train=False)["params"]
     state = linen.TrainState.create(
-        apply_fn=MODEL.apply, tx=tx, params=params, batch_stats=SOURCE["batch_stats"]
+        apply_fn=MODEL.apply, tx=TX, params=params, batch_stats=SOURCE["batch_stats"]
     )
     return jax.tree.map(jnp.array, state)  # a copy, since steps donate it
 
