@@ -20,8 +20,9 @@ from dtnh_jax._trees import as_float32
 
 # Sums of squares between these bounds have lost nothing to underflow or overflow.
 _SMALLEST, _LARGEST = 1e-24, 1e30
-# With these factors all others are too.
-_UP, _DOWN = 2.0**80, 2.0**-80
+# With these factors others are too, from 1e-30 to 1e30 and beyond. Their squares are
+# finite, because XLA multiplies scale by scale where it knows an array to be zero.
+_UP, _DOWN = 2.0**60, 2.0**-60
 # Reciprocals of numbers between these bounds are normal numbers.
 _TINIEST, _HUGEST = 1e-36, 1e36
 
@@ -190,7 +191,8 @@ def _scaled_sums(x: Array, y: Array, axes: tuple[int, ...] | None) -> tuple[Arra
 
     def largest(a):
         entries = jnp.max(jnp.abs(a), axis=axes, keepdims=axes is not None, initial=0)
-        return jnp.clip(entries, _TINIEST, _HUGEST)
+        # One over a tiny number, squared, would not be finite: see `_UP`.
+        return jnp.where(entries == 0, 1, jnp.clip(entries, _TINIEST, _HUGEST))
 
     x_scale, y_scale = largest(x), largest(y)
     return *_sums(x / x_scale, y / y_scale, axes), x_scale, y_scale
