@@ -11,8 +11,14 @@ from jaxtyping import Array, Bool
 from dtnh_jax import _trees, rules
 from dtnh_jax._options import Mask, Number, Options, Stages, Strength
 from dtnh_jax._part import Scope
-from dtnh_jax._protect import ConflictState, init_state, regularizer_parts
-from dtnh_jax.regularizers import WeightRegularizer, check_weight_regularizer
+from dtnh_jax._protect import (
+    ConflictState,
+    checked_regularizers,
+    gradients_of,
+    init_state,
+    regularizer_parts,
+)
+from dtnh_jax.regularizers.weights import WeightRegularizer
 
 
 class DecoupledState(NamedTuple):
@@ -109,9 +115,7 @@ def decoupled(
     )
     regularizers = None
     if regularizer is not None:
-        regularizers = options.by_name(regularizer, "regularizer")
-        for value in regularizers.values():
-            check_weight_regularizer(value)
+        regularizers = checked_regularizers(options, regularizer)
     optimizer = optax.with_extra_args_support(optimizer)
     of_regularizer = regularizer_optimizer and optax.with_extra_args_support(
         regularizer_optimizer
@@ -131,16 +135,7 @@ def decoupled(
             grads = options.by_name(given, "regularizer_grads")
             getters = {name: lambda r=r: r for name, r in grads.items()}
         else:
-            loss = updates
-            if params is None:
-                raise ValueError(
-                    "`params` must be given to `update`, because the regularizer's "
-                    "gradient is computed from them, got None."
-                )
-            getters = {
-                name: lambda each=each: each.gradient(params)
-                for name, each in regularizers.items()
-            }
+            loss, getters = updates, gradients_of(regularizers, params)
         own_states = state.regularizer_optimizer
         if of_regularizer is not None:
             stepped = {

@@ -177,7 +177,7 @@ def _resolve_elements(x, y, strength, stage, trust, length, leaf: Geometry) -> t
     # The part of a number is seldom longer than both gradients: a safe unit of length.
     unit = jnp.maximum(leaf.x_norm, leaf.y_norm)
     squares = jnp.square(jnp.abs(part * _scopes.reciprocal(unit)))
-    norm = unit * jnp.sqrt(jnp.sum(squares))
+    norm = unit * _scopes.root(jnp.sum(squares))
     if trust is not None:  # one number has no length but its own: per leaf
         own = leaf.x_norm if length is None else _scopes.norm(jnp.abs(length))
         shrink = _shrink(norm, trust.ratio * own)
@@ -230,7 +230,7 @@ def _part_norm(group: Geometry, plan: Plan, uncertain: float = 0.0) -> Array:
     a, b = [value * _scopes.reciprocal(largest) for value in (along, kept)]
     squares = a * a + b * b
     square = squares + 2 * a * b * group.cosine
-    return largest * jnp.sqrt(jnp.maximum(square, uncertain * squares))
+    return largest * _scopes.root(jnp.maximum(square, uncertain * squares))
 
 
 def _bounded(plan: Plan, group: Geometry, limit: Array) -> Plan:

@@ -1,7 +1,7 @@
 """From two trees to the regularizer's part: what every transformation does first."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 from dtnh_jax import _part, _scopes, _trees, metrics
 from dtnh_jax._options import Options
+from dtnh_jax.regularizers.weights import WeightRegularizer, check_weight_regularizer
 
 
 class ConflictState(NamedTuple):
@@ -45,6 +46,32 @@ def init_state(options: Options, params: optax.Params) -> ConflictState:
         reference,
         options.join({name: metrics.initial(groups) for name in options.strengths}),
     )
+
+
+def checked_regularizers(
+    options: Options, regularizer: Any
+) -> dict[str, WeightRegularizer]:
+    """Returns regularizers of the weights by name, if that is what they are."""
+    regularizers = options.by_name(regularizer, "regularizer")
+    for value in regularizers.values():
+        check_weight_regularizer(value)
+    return regularizers
+
+
+def gradients_of(
+    regularizers: Mapping[str, WeightRegularizer], params: optax.Params | None
+) -> dict[str, Callable[[], optax.Updates]]:
+    """Returns what `regularizer_parts` takes: functions that return gradients."""
+    if params is None:
+        raise ValueError(
+            "`params` must be given to `update`, because the regularizer's gradient is "
+            "computed from them, got None."
+        )
+
+    def getter(each: WeightRegularizer, at: optax.Params = params):
+        return lambda: each.gradient(at)
+
+    return {name: getter(each) for name, each in regularizers.items()}
 
 
 def regularizer_parts(

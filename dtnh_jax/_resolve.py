@@ -9,8 +9,14 @@ from jaxtyping import Array
 from dtnh_jax import _trees, rules
 from dtnh_jax._options import Mask, Number, Options, Stages, Strength
 from dtnh_jax._part import Scope
-from dtnh_jax._protect import ConflictState, init_state, regularizer_parts
-from dtnh_jax.regularizers import WeightRegularizer, check_weight_regularizer
+from dtnh_jax._protect import (
+    ConflictState,
+    checked_regularizers,
+    gradients_of,
+    init_state,
+    regularizer_parts,
+)
+from dtnh_jax.regularizers.weights import WeightRegularizer
 
 
 def dtnh(
@@ -193,24 +199,14 @@ def add_regularizer(
         trust_ratio,
         mask,
     )
-    regularizers = options.by_name(regularizer, "regularizer")
-    for value in regularizers.values():
-        check_weight_regularizer(value)
+    regularizers = checked_regularizers(options, regularizer)
 
     def init(params):
         return init_state(options, params)
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        if params is None:
-            raise ValueError(
-                "`params` must be given to `update`, because the regularizer's "
-                "gradient is computed from them, got None."
-            )
-        getters = {
-            name: lambda each=each: each.gradient(params)
-            for name, each in regularizers.items()
-        }
+        getters = gradients_of(regularizers, params)
         return _add_parts(options, updates, getters, state, params)
 
     return optax.GradientTransformationExtraArgs(init, update)

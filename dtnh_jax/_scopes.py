@@ -43,8 +43,9 @@ def measure_leaves(
     """Measures each leaf in float32 sums: one pass over memory, a second if need be.
 
     The second pass is for groups whose sums are out of range, with their gradients
-    scaled by a power of two. It is another turn of a loop and not a branch, since XLA
-    takes its time to compile a sum for every leaf.
+    scaled by a power of two. It is another turn of a loop, since XLA takes its time to
+    compile a sum for every leaf; and the loop is a scan of two turns, the second one
+    skipped where it can be, since a `while` has no derivative in reverse mode.
 
     Args:
       xs: L arrays.
@@ -71,17 +72,20 @@ def measure_leaves(
 
     def is_needed(pass_: _Pass) -> Array:
         is_out_of_range = jnp.any(jnp.stack(pass_.next_by) != 1)
-        return (pass_.number == 0) | ((pass_.number == 1) & is_out_of_range)
+        return (pass_.number == 0) | is_out_of_range
 
     ones = (jnp.ones([len(xs)], jnp.float32),) * 2
     pass_ = _Pass(jnp.zeros([], jnp.int32), (ones[0],) * 3, ones, ones)
-    if any(isinstance(leaf, Tracer) for leaf in [pass_.number, *xs, *get_ys()]):
-        sums = jax.eval_shape(measure, pass_).sums
-        zeros = tuple(jnp.zeros(x.shape, x.dtype) for x in sums)
-        pass_ = jax.lax.while_loop(is_needed, measure, pass_._replace(sums=zeros))
+    data = [*xs, *get_ys()]
+    if any(isinstance(leaf, Tracer) for leaf in [pass_.number, *data]):
+
+        def turn(pass_, _):
+            return jax.lax.cond(is_needed(pass_), measure, lambda p: p, pass_), None
+
+        pass_, _ = jax.lax.scan(turn, _before(measure, pass_, data), length=2)
     else:  # no compilation outside of jit
-        while is_needed(pass_):
-            pass_ = measure(pass_)
+        pass_ = measure(pass_)
+        pass_ = measure(pass_) if is_needed(pass_) else pass_
     xx, xy, yy = pass_.sums
     x_by, y_by = pass_.by
     return _geometry(xx, xy, yy, 1 / x_by, 1 / y_by)
@@ -94,6 +98,21 @@ class _Pass(NamedTuple):
     sums: tuple[Float[Array, "L"], ...]
     by: tuple[Float[Array, "L"], ...]  # what the two trees were multiplied by
     next_by: tuple[Float[Array, "L"], ...]  # and what they should have been
+
+
+def _before(
+    measure: Callable[[_Pass], _Pass], pass_: _Pass, data: list[Array]
+) -> _Pass:
+    """The carry of a loop over `measure` before its first turn, in the carry's type.
+
+    That is the dtype of the sums, and in `jax.shard_map` the axes of the mesh over
+    which the data vary.
+    """
+    sums = jax.eval_shape(measure, pass_).sums
+    zeros = tuple(jnp.zeros(x.shape, x.dtype) for x in sums)
+    axes = {a for x in data for a in jax.typeof(x).manual_axis_type.varying}
+    pass_ = pass_._replace(sums=zeros)
+    return jax.lax.pcast(pass_, tuple(axes), to="varying") if axes else pass_
 
 
 def measure_units(x: Array, y: Array) -> Geometry:
@@ -143,13 +162,19 @@ def hypot(norms: Float[Array, "*G L"]) -> tuple[Array, Array]:
         return jnp.zeros(norms.shape[:-1], norms.dtype), norms
     largest = jnp.max(norms, axis=-1, keepdims=True)
     ratios = norms * reciprocal(largest)
-    root = jnp.sqrt(jnp.sum(ratios * ratios, axis=-1, keepdims=True))
-    return (largest * root)[..., 0], ratios * reciprocal(root)
+    joined = root(jnp.sum(ratios * ratios, axis=-1, keepdims=True))
+    return (largest * joined)[..., 0], ratios * reciprocal(joined)
+
+
+def root(square: Array) -> Array:
+    """The square root, with a derivative of 0 at 0, where that of a norm has none."""
+    return jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))
 
 
 def reciprocal(x: Array) -> Array:
     """`1 / x` of a norm, bounded so that its product with a vector of zeros is zero."""
-    return 1 / jnp.maximum(x, _TINIEST)
+    # The second choice is for the derivative, which is 0 below the bound.
+    return jnp.where(x > _TINIEST, 1 / jnp.where(x > _TINIEST, x, 1), 1 / _TINIEST)
 
 
 def _scale_for(
@@ -201,6 +226,6 @@ def _scaled_sums(x: Array, y: Array, axes: tuple[int, ...] | None) -> tuple[Arra
 def _geometry(
     xx: Array, xy: Array, yy: Array, x_scale: Any = 1.0, y_scale: Any = 1.0
 ) -> Geometry:
-    x_norm, y_norm = jnp.sqrt(xx), jnp.sqrt(yy)
+    x_norm, y_norm = root(xx), root(yy)
     cosine = jnp.clip(xy * reciprocal(x_norm) * reciprocal(y_norm), -1, 1)
     return Geometry(x_norm * x_scale, y_norm * y_scale, cosine)

@@ -216,6 +216,6 @@ def _name(key: Any) -> str:
     return jax.tree_util.keystr((key,), simple=True)
 
 
-def _plain(entry: Any) -> Array:
-    """An array, also where NNX has wrapped it into a variable."""
+def _plain(entry: Any) -> Any:
+    """An array, or its shape where the state is abstract; out of NNX's variables."""
     return entry.get_value() if hasattr(entry, "get_value") else entry

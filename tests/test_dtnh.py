@@ -8,6 +8,7 @@ import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.test_util import check_grads
 from trees import lengths, pairs
 
 from dtnh_jax import GradientPair, dtnh, resolve_conflicts, rules
@@ -244,3 +245,22 @@ def test_the_weighted_sum_resolves_nothing(scope):
     tx = resolve_conflicts(rules.weighted_sum, 0.7, scope=scope)
     update, _ = tx.update(GradientPair(g, r), tx.init(g))
     np.testing.assert_array_equal(update, g + 0.7 * r)
+
+
+@each_scope
+def test_updates_have_derivatives_in_both_modes(scope):
+    keys = jax.random.split(jax.random.key(0), 2)
+    g, r = [{"w": jax.random.normal(k, (4, 3)), "b": jnp.ones(1)} for k in keys]
+    tx = dtnh(0.5, scope=scope, trust_ratio=2.0)
+    state = tx.init(g)
+
+    @jax.jit
+    def outcome(g, r):
+        updates, _ = tx.update(GradientPair(g, r), state, g)
+        return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(updates))
+
+    check_grads(outcome, (g, r), order=1, rtol=1e-2, atol=1e-2)
+    zeros = jax.tree.map(jnp.zeros_like, g)
+    for pair in ((zeros, r), (g, zeros), (zeros, zeros)):
+        for leaf in jax.tree.leaves(jax.grad(outcome, argnums=(0, 1))(*pair)):
+            assert jnp.all(jnp.isfinite(leaf))

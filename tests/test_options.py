@@ -193,3 +193,9 @@ def test_a_strength_that_overflows_leaves_the_regularizer_out():
     got, state = tx.update(GradientPair(g, r), tx.init(g))
     np.testing.assert_array_equal(got, g)
     assert conflict_metrics(state)["skipped"] == 1
+
+
+def test_metrics_of_an_abstract_state_are_shapes():
+    params = {"w": jnp.ones((2, 3))}
+    state = jax.eval_shape(dtnh(1.0).init, params)
+    assert conflict_metrics(state)["cosine"].shape == ()

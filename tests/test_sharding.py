@@ -223,3 +223,33 @@ def test_a_data_parallel_step_communicates_gradients_and_nothing_else(kind):
     # The regularizer is of the features, so it has a gradient of one parameter more.
     body = [shape for shape in reduced[plain_step] if math.prod(shape) == 72 * 16]
     assert sorted(reduced[plain_step] + body) == reduced[pair_step]
+
+
+@pytest.mark.parametrize("scope", ["global", "leaf", "unit", "element"])
+def test_a_device_may_resolve_gradients_of_its_own_in_shard_map(scope):
+    """Such as an ensemble with a member on each device: all types are checked."""
+    mesh = jax.make_mesh((8,), ("member",), axis_types=(AxisType.Auto,))
+    tx = dtnh(0.5, scope=scope)
+    params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
+    keys = jax.random.split(jax.random.key(0), 8)
+    g = jax.vmap(
+        lambda k: jax.tree.map(lambda x: jax.random.normal(k, x.shape), params)
+    )
+    pairs = GradientPair(g(keys), jax.tree.map(lambda x: 0.1 - x, g(keys)))
+
+    def update(pair):
+        return tx.update(pair, tx.init(params), params)[0]
+
+    def on_one_device(pairs):
+        updates = update(jax.tree.map(lambda x: x[0], pairs))
+        return jax.tree.map(lambda x: x[None], updates)
+
+    members = P("member")
+    sharded = jax.shard_map(
+        on_one_device, mesh=mesh, in_specs=members, out_specs=members
+    )
+    for ours, theirs in zip(
+        jax.tree.leaves(jax.jit(sharded)(pairs)),
+        jax.tree.leaves(jax.jit(jax.vmap(update))(pairs)),
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
