@@ -12,9 +12,16 @@ from jaxtyping import Array, PRNGKeyArray
 
 from dtnh_jax import _layers
 from dtnh_jax._layers import Layers
+from dtnh_jax._linen_scaling import scale_features
 from dtnh_jax.gradients import value_and_gradient_pair
 
-__all__ = ["Forward", "TrainState", "capture_features", "train_step"]
+__all__ = [
+    "Forward",
+    "TrainState",
+    "capture_features",
+    "scale_features",
+    "train_step",
+]
 
 Variables = Any  # collections by name, as `Module.init` returns them
 Batch = Any

@@ -1,9 +1,6 @@
 """The gradient pair of NNX modules, and features of networks that nobody changed."""
 
-import contextlib
-import functools
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -13,15 +10,18 @@ from flax.nnx import filterlib
 
 from dtnh_jax import _layers, gradients
 from dtnh_jax._layers import Layers
+from dtnh_jax._nnx_calls import scale_features, wrapped_calls
 from dtnh_jax.gradients import GradientPair
 
-__all__ = ["capture_features", "frozen_teacher", "value_and_gradient_pair"]
+__all__ = [
+    "capture_features",
+    "frozen_teacher",
+    "scale_features",
+    "value_and_gradient_pair",
+]
 
 M = TypeVar("M", bound=nnx.Module)
 State = Any  # nnx.State, whose type parameters runtime checkers cannot read
-
-# Methods of classes are replaced while a network runs: one network at a time.
-_lock = threading.RLock()
 
 
 def value_and_gradient_pair(
@@ -172,7 +172,7 @@ def capture_features(model: nnx.Module, layers: Layers) -> Callable[..., Any]:
             for path, module in modules.items()
             if _layers.is_wanted(layers, path) and callable(module)
         }
-        with _sowing_calls(classes):
+        with wrapped_calls(classes, _sow_output):
             run = nnx.capture(lambda net: net(*args, **kwargs), nnx.Intermediate)
             output, captured = run(network)
         found = {}
@@ -241,35 +241,8 @@ def _value(leaf: Any) -> Any:
     return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
 
 
-@contextlib.contextmanager
-def _sowing_calls(classes: set[type]) -> Iterator[None]:
-    """Makes instances of classes sow their outputs, under `nnx.capture`.
-
-    Differs from the `method_outputs` of `nnx.capture`, which wraps all public methods
-    of all classes: that misses inherited ones and breaks static ones.
-    """
-    with _lock:
-        own = {cls: vars(cls).get("__call__") for cls in classes}
-        # All are looked up before any is replaced, for they may inherit from another.
-        sowing = {cls: _sowing(cls, cls.__call__) for cls in classes}
-        try:
-            for cls in classes:
-                cls.__call__ = sowing[cls]
-            yield
-        finally:
-            for cls, method in own.items():
-                if method is None:
-                    del cls.__call__
-                else:
-                    cls.__call__ = method
-
-
-def _sowing(cls: type, method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def call(self, *args, **kwargs):
-        output = method(self, *args, **kwargs)
-        if type(self) is cls and hasattr(self, "__captures__"):
-            self.sow(nnx.Intermediate, "__call__", output)
-        return output
-
-    return call
+def _sow_output(module: Any, output: Any) -> Any:
+    """Sows what a layer returned, in networks that run under `nnx.capture`."""
+    if hasattr(module, "__captures__"):
+        module.sow(nnx.Intermediate, "__call__", output)
+    return output

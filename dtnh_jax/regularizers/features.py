@@ -1,5 +1,6 @@
 """Regularizers of feature maps: near those of the pretrained network."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -7,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-Map = Float[Array | np.ndarray, "_ ..."]  # [batch, ..., channels]
-FeatureMaps = Mapping[str, Map] | Sequence[Map]
+from dtnh_jax.regularizers._maps import FeatureMaps, by_layer, paired, unit
+
+Weights = Float[Array | np.ndarray, "_"]  # [channels]
+ChannelAttention = Mapping[str, Weights] | Sequence[Weights]
 
 
 def feature_map(student: FeatureMaps, teacher: FeatureMaps) -> Float[Array, ""]:
@@ -41,29 +44,124 @@ def feature_map(student: FeatureMaps, teacher: FeatureMaps) -> Float[Array, ""]:
     by the batch size.
     """
     total = jnp.zeros([], jnp.float32)
-    for ours, theirs in _paired(student, teacher):
-        difference = ours.astype(jnp.float32) - theirs.astype(jnp.float32)
+    for ours, theirs in paired(student, teacher).values():
+        total += 0.5 * jnp.sum(jnp.square(ours - theirs)) / max(len(ours), 1)
+    return total
+
+
+def delta(
+    student: FeatureMaps, teacher: FeatureMaps, channel_attention: ChannelAttention
+) -> Float[Array, ""]:
+    """Distance of feature maps with a weight for each channel.
+
+    Of a layer with weights `a` it is `1/2 sum over channels of a_c ||FM_c - FM0_c||^2`,
+    where squares are averaged over positions and over the batch. Layers are summed.
+    The teacher's maps and the weights get no gradient.
+
+    Args:
+      student: feature maps `[batch, ..., channels]` of the network in training, by
+        layer.
+      teacher: those of the pretrained network on the same batch.
+      channel_attention: weights `[channels]` by layer, as
+        `regularizers.channel_attention` returns them: those of a layer sum to 1.
+
+    Returns:
+      A scalar in float32.
+
+    Raises:
+      ValueError: if layers, shapes, or numbers of channels differ.
+
+    Example:
+      >>> student = {"conv": jnp.array([[[1.0, 2.0], [0.0, 0.0]]])}  # two positions
+      >>> teacher = {"conv": jnp.zeros((1, 2, 2))}
+      >>> attention = {"conv": jnp.array([0.5, 0.5])}
+      >>> print(delta(student, teacher, attention))  # 1/2 * (0.5 * 1 + 0.5 * 4) / 2
+      0.625
+
+    References:
+      Li et al., 2019, "DELTA", equations 4 to 6, https://arxiv.org/abs/1901.09229
+
+    Differs from DELTA's code, which sums over the batch, and multiplies each layer by
+    its number of channels: there, strengths are smaller, and wide layers count more.
+    """
+    pairs, attention = paired(student, teacher), by_layer(channel_attention)
+    if pairs.keys() != attention.keys():
+        raise ValueError(
+            "`channel_attention` must have the layers of `student`, got "
+            f"{list(attention)} instead of {list(pairs)}."
+        )
+    for name, (ours, _) in pairs.items():
+        _check_channels(name, ours)
+        if attention[name].shape != ours.shape[-1:]:
+            raise ValueError(
+                "`channel_attention` must have a weight for each channel, got shape "
+                f"{attention[name].shape} for {ours.shape[-1]} channels at layer "
+                f"{name!r}."
+            )
+    total = jnp.zeros([], jnp.float32)
+    for name, (ours, theirs) in pairs.items():
+        squares = jnp.sum(jnp.square(ours - theirs), axis=tuple(range(ours.ndim - 1)))
+        weighted = jnp.sum(jax.lax.stop_gradient(attention[name]) * squares)
+        total += 0.5 * weighted / max(math.prod(ours.shape[:-1]), 1)
+    return total
+
+
+def attention_transfer(student: FeatureMaps, teacher: FeatureMaps) -> Float[Array, ""]:
+    """Distance of where two networks look, whatever they see there.
+
+    The attention map of an example is the mean over channels of its squared features,
+    a value for each position, divided by the 2-norm over positions. The penalty is
+    `1/2 ||Q - Q0||^2`, summed over layers and positions and averaged over the batch;
+    each layer's is between 0 and 1. The teacher's maps get no gradient.
+
+    Where all features are zero the attention map is zero, and has no gradient. A map
+    with one position, or without such axes, has nowhere else to look: its penalty is 0
+    unless one of the two maps is zero.
+
+    Args:
+      student: feature maps `[batch, ..., channels]` of the network in training, by
+        layer.
+      teacher: those of the pretrained network on the same batch, with the same
+        positions and any number of channels.
+
+    Returns:
+      A scalar in float32.
+
+    Raises:
+      ValueError: if layers, batch sizes or positions differ.
+
+    Example:
+      >>> student = {"conv": jnp.array([[[1.0], [0.0]]])}  # looks at position 0
+      >>> teacher = {"conv": jnp.array([[[0.0, 0.0], [0.0, 2.0]]])}  # at position 1
+      >>> print(attention_transfer(student, teacher))
+      1.0
+
+    References:
+      Zagoruyko and Komodakis, 2017, equation 2 with p = 2,
+      https://arxiv.org/abs/1612.03928
+
+    Differs from the authors' code, which has no factor 1/2 and averages over positions
+    too: there, strengths are greater by half the number of positions.
+    """
+    total = jnp.zeros([], jnp.float32)
+    pairs = paired(student, teacher, slice(-1), "of one batch size and positions")
+    for name, (ours, theirs) in pairs.items():
+        _check_channels(name, ours)
+        _check_channels(name, theirs, "teacher")
+        difference = _attention_map(ours) - _attention_map(theirs)
         total += 0.5 * jnp.sum(jnp.square(difference)) / max(len(ours), 1)
     return total
 
 
-def _paired(student: FeatureMaps, teacher: FeatureMaps) -> list[tuple[Array, Array]]:
-    """Returns maps of the same layers side by side, the teacher's without gradient."""
-    ours, theirs = _by_layer(student), _by_layer(teacher)
-    if ours.keys() != theirs.keys() or not ours:
+def _attention_map(x: Array) -> Array:
+    """Returns `[batch, positions]` of norm 1 over positions."""
+    energy = jnp.sum(jnp.square(x), axis=-1)  # the mean, but for the norm
+    return unit(energy.reshape(len(x), math.prod(energy.shape[1:])), axis=1)
+
+
+def _check_channels(name: str | int, maps: Array, argument: str = "student") -> None:
+    if maps.ndim < 2:
         raise ValueError(
-            "`student` and `teacher` must have the same layers, at least one, got "
-            f"{list(ours)} and {list(theirs)}."
+            f"`{argument}` must have maps [batch, ..., channels], got shape "
+            f"{maps.shape} at layer {name!r}."
         )
-    for name in ours:
-        if ours[name].shape != theirs[name].shape:
-            raise ValueError(
-                f"`student` and `teacher` must have maps of one shape, got "
-                f"{ours[name].shape} and {theirs[name].shape} at layer {name!r}."
-            )
-    return [(ours[name], jax.lax.stop_gradient(theirs[name])) for name in ours]
-
-
-def _by_layer(maps: FeatureMaps) -> dict[str | int, Array]:
-    pairs = maps.items() if isinstance(maps, Mapping) else enumerate(maps)
-    return {name: jnp.asarray(value) for name, value in pairs}

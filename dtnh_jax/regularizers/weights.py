@@ -6,13 +6,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from dtnh_jax import _trees
+from dtnh_jax.regularizers import _pull
+from dtnh_jax.regularizers._anchors import New
 
 
 class WeightRegularizer(NamedTuple):
     """A function of the parameters alone, with its gradient in closed form.
+
+    Those of this package are pytrees, whose leaves are the arrays that they keep, such
+    as pretrained weights: a compiled function can have them as arguments.
 
     Attributes:
       value: maps the parameters to a scalar in float32.
@@ -44,18 +50,25 @@ def l2() -> WeightRegularizer:
       >>> print(l2().value({"w": jnp.array([3.0, 4.0])}))
       12.5
     """
+    return WeightRegularizer(Partial(_l2_value), Partial(_l2_gradient))
 
-    def gradient(params):
-        return jax.tree.map(jnp.asarray, params)
 
-    return WeightRegularizer(_half_square(gradient), gradient)
+def _l2_value(params: optax.Params) -> Float[Array, ""]:
+    leaves = [x for x in jax.tree.leaves(params) if _trees.is_trainable(x)]
+    return _pull.total([_pull.half_square(_trees.as_float32(x)) for x in leaves])
+
+
+def _l2_gradient(params: optax.Params) -> optax.Updates:
+    return jax.tree.map(jnp.asarray, params)
 
 
 def l2_sp(
     source_params: optax.Params,
     *,
-    new: Callable[[str], bool] | None = None,
+    new: New | None = None,
     new_strength: float = 1.0,
+    dtype: Any = None,
+    memory_kind: str | None = None,
 ) -> WeightRegularizer:
     """Pulls the parameters back to where they started: `1/2 ||params - source||^2`.
 
@@ -64,73 +77,198 @@ def l2_sp(
     `new_strength / 2 ||params||^2`. They are those that `new` picks out by their path,
     and those that are `None` in `source_params`.
 
+    A compiled function that closes over the regularizer has the source written into
+    its program, as a constant: twice its bytes as text to compile, and on the device
+    for good, whatever `memory_kind` says. That is of no account for small networks.
+    For large ones, give the regularizer to the function as an argument, as in the
+    second example; or make it inside, from a source that is an argument.
+
     Args:
       source_params: pretrained parameters, a tree like the parameters in training.
-        They are copied, so that donating or changing the originals is safe.
-      new: tells from a path such as `"head/kernel"` whether a leaf is new.
+        They are copied, so that donating or changing the originals is safe, and keep
+        their sharding.
+      new: prefixes of the paths of new leaves, by whole components: `["head"]` is
+        `head` and `head/kernel`, not `header/kernel`. Or a function that tells from a
+        path such as `"head/kernel"` whether a leaf is new.
       new_strength: strength of the plain penalty on new leaves, relative to the
         strength of the whole.
+      dtype: to keep the copy in, where that is smaller than the leaf's own. With
+        `jnp.bfloat16` it takes half the memory of float32, and each weight is pulled
+        to a point up to `2**-8` of its size away from the pretrained one.
+      memory_kind: where to keep the copy, such as `"pinned_host"`: it takes no memory
+        of the device between steps, and every use copies it there once. JAX moves
+        arrays out of `"pinned_host"` inside of compiled functions; it takes those in
+        `"unpinned_host"` for arrays on the device, which on CPUs is the same. The copy
+        is committed to the devices of `source_params`.
 
     Returns:
       A `WeightRegularizer`; its gradient, `params - source_params`, needs no autodiff.
 
     Raises:
-      ValueError: if `new_strength` is negative or `new` picks out no leaf; on use, if
+      TypeError: if `new` is a string.
+      ValueError: if `new_strength` is negative, `new` or one of its prefixes picks out
+        no leaf, `dtype` is not floating, or the device has no such memory; on use, if
         the parameters are no tree like `source_params`.
 
     Example:
       >>> source = {"body": jnp.array([1.0, 2.0]), "head": jnp.zeros(1)}
-      >>> pull = l2_sp(source, new=lambda path: path == "head", new_strength=0.1)
+      >>> pull = l2_sp(source, new=["head"], new_strength=0.1)
       >>> params = {"body": jnp.array([2.0, 2.0]), "head": jnp.ones(1)}
       >>> print(pull.gradient(params))
       {'body': Array([1., 0.], dtype=float32), 'head': Array([0.1], dtype=float32)}
 
+      As an argument of a compiled step:
+
+      >>> from dtnh_jax import add_regularizer
+      >>> @jax.jit
+      ... def step(params, grads, pull):
+      ...     tx = optax.chain(add_regularizer(pull, 0.5), optax.sgd(1.0))
+      ...     updates, _ = tx.update(grads, tx.init(params), params)
+      ...     return optax.apply_updates(params, updates)
+      >>> grads = {"body": jnp.array([1.0, 0.0]), "head": jnp.zeros(1)}
+      >>> print(step(params, grads, pull)["body"])
+      [0.5 2. ]
+
     References:
       Li et al., 2018, equations 3 and 4, https://arxiv.org/abs/1802.01483
     """
-    if not new_strength >= 0:
-        raise ValueError(f"`new_strength` must be at least 0, got {new_strength}.")
-    paths = _trees.names(source_params)
-    if new is not None and not any(new(path) for path in paths):
-        raise ValueError(
-            f"`new` must pick out a leaf, got none among {', '.join(paths[:8])} ..."
-        )
-    leaves, treedef = _trees.flatten(source_params)
-    anchors = [
-        None if _trees.is_missing(leaf) or (new and new(path)) else jnp.array(leaf)
-        for path, leaf in zip(paths, leaves)
-    ]
-    source = jax.tree.unflatten(treedef, anchors)
-
-    def displacement(param, anchor, on_new):
-        if not _trees.is_trainable(param):
-            return param
-        if anchor is None:
-            return (on_new * param).astype(param.dtype)
-        return param - anchor.astype(param.dtype)
-
-    def map_leaves(params, on_new):
-        anchors = _trees.align(source, params, "source_params", "params")
-        leaves, treedef = _trees.flatten(params)
-        moved = [displacement(p, a, on_new) for p, a in zip(leaves, anchors)]
-        return jax.tree.unflatten(treedef, moved)
-
-    def gradient(params):
-        return map_leaves(params, new_strength)
-
-    # Half the square of `sqrt(s) w` is `s / 2 ||w||^2`, whose gradient is `s w`.
-    return WeightRegularizer(
-        _half_square(lambda params: map_leaves(params, new_strength**0.5)), gradient
+    value, gradient = _pull.pull(
+        source_params,
+        None,
+        penalty=_pull.half_square,
+        slope=lambda displacement, weight: displacement,
+        new=new,
+        new_strength=new_strength,
+        dtype=dtype,
+        memory_kind=memory_kind,
     )
+    return WeightRegularizer(value, gradient)
 
 
-def _half_square(displacement: Callable) -> Callable:
-    """Returns half the squared norm of a displacement, summed in float32."""
+def l1_sp(
+    source_params: optax.Params,
+    *,
+    new: New | None = None,
+    new_strength: float = 1.0,
+    dtype: Any = None,
+    memory_kind: str | None = None,
+) -> WeightRegularizer:
+    """Keeps most parameters where they started: `||params - source||_1`.
 
-    def value(params):
-        leaves = [x for x in jax.tree.leaves(displacement(params))
-                  if _trees.is_trainable(x)]  # fmt: skip
-        squares = [jnp.sum(jnp.square(jnp.abs(_trees.as_float32(x)))) for x in leaves]
-        return jnp.asarray(0.5 * sum(squares), jnp.float32)
+    The penalty is the sum of the absolute displacements of all entries. New leaves
+    have, as in `l2_sp`, `new_strength / 2 ||params||^2`: a square, as in the paper.
 
-    return value
+    The pull is of one size however near the source is. A step of plain descent that is
+    longer than the way back goes past the source, by less than that step.
+
+    Args:
+      source_params: as in `l2_sp`.
+      new: as in `l2_sp`.
+      new_strength: as in `l2_sp`.
+      dtype: as in `l2_sp`. Mind that the pull does not fade near the point to which it
+        goes, which for `jnp.bfloat16` is not quite the pretrained one.
+      memory_kind: as in `l2_sp`.
+
+    Returns:
+      A `WeightRegularizer`; its gradient is `sign(params - source_params)`, 0 where
+      they agree. For complex parameters, that is the displacement over its modulus.
+
+    Raises:
+      TypeError: as `l2_sp`.
+      ValueError: as `l2_sp`.
+
+    Example:
+      >>> source = {"body": jnp.array([1.0, 2.0]), "head": jnp.zeros(1)}
+      >>> pull = l1_sp(source, new=["head"])
+      >>> params = {"body": jnp.array([4.0, 2.0]), "head": jnp.array([2.0])}
+      >>> print(pull.value(params))  # |4 - 1| + 1/2 * 2^2
+      5.0
+      >>> print(pull.gradient(params)["body"])
+      [1. 0.]
+
+    References:
+      Li et al., 2018, section 3, "L1-SP", https://arxiv.org/abs/1802.01483
+
+    Differs from the authors' code, which leaves out biases and the parameters of
+    normalization.
+    """
+    value, gradient = _pull.pull(
+        source_params,
+        None,
+        penalty=lambda displacement, weight: _sum_of_moduli(displacement),
+        slope=lambda displacement, weight: jnp.sign(displacement),
+        new=new,
+        new_strength=new_strength,
+        dtype=dtype,
+        memory_kind=memory_kind,
+    )
+    return WeightRegularizer(value, gradient)
+
+
+def _sum_of_moduli(x: Array) -> Array:
+    """Sums `|x|`, with derivative 0 at 0: that of `jnp.abs` is 1 there."""
+    direction = jax.lax.stop_gradient(jnp.conj(jnp.sign(x)))
+    return jnp.sum(jnp.real(direction * x))
+
+
+def l2_sp_fisher(
+    source_params: optax.Params,
+    fisher: optax.Params,
+    *,
+    new: New | None = None,
+    new_strength: float = 1.0,
+    dtype: Any = None,
+    memory_kind: str | None = None,
+) -> WeightRegularizer:
+    """Pulls back the most what mattered: `1/2 sum_j F_j (params_j - source_j)^2`.
+
+    `F` is the diagonal of the Fisher information of the pretrained network, see
+    `diagonal_fisher`; the sum is over all entries. New leaves have, as in `l2_sp`,
+    `new_strength / 2 ||params||^2`.
+
+    `F` is of the size of a squared gradient of one example, often far below 1: the
+    strength, and with it `new_strength`, is not that of `l2_sp`.
+
+    Args:
+      source_params: as in `l2_sp`.
+      fisher: a tree like `source_params` of numbers at least 0. It may be `None` where
+        a leaf is new, and is not looked at there.
+      new: as in `l2_sp`.
+      new_strength: as in `l2_sp`.
+      dtype: as in `l2_sp`, for both trees. Float16 would lose entries of `F` below
+        `6e-8`; `jnp.bfloat16` has the range of float32.
+      memory_kind: as in `l2_sp`, for both trees.
+
+    Returns:
+      A `WeightRegularizer`; its gradient is `F * (params - source_params)`.
+
+    Raises:
+      TypeError: as `l2_sp`.
+      ValueError: as `l2_sp`; if `fisher` is no tree like `source_params`, is missing
+        where a leaf is not new, or has entries that are complex, negative or not
+        finite.
+
+    Example:
+      >>> source, fisher = {"w": jnp.array([1.0, 1.0])}, {"w": jnp.array([4.0, 0.0])}
+      >>> pull = l2_sp_fisher(source, fisher)
+      >>> print(pull.gradient({"w": jnp.array([2.0, 3.0])})["w"])
+      [4. 0.]
+
+    References:
+      Li et al., 2018, section 3, "L2-SP-Fisher", https://arxiv.org/abs/1802.01483;
+      Kirkpatrick et al., 2017, equation 3, https://arxiv.org/abs/1612.00796
+
+    Differs from the authors' code, which leaves out biases and the parameters of
+    normalization, and can add a constant to `F` or clip it: do so to the tree.
+    """
+    value, gradient = _pull.pull(
+        source_params,
+        fisher,
+        penalty=_pull.half_square,
+        slope=lambda displacement, weight: weight * displacement,
+        new=new,
+        new_strength=new_strength,
+        dtype=dtype,
+        memory_kind=memory_kind,
+    )
+    return WeightRegularizer(value, gradient)

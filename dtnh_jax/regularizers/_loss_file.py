@@ -1,0 +1,86 @@
+"""The file of `channel_attention`: a line that says of what, and one for each chunk.
+
+Every function takes None for no file.
+"""
+
+import json
+import math
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+
+class Record(NamedTuple):
+    """What a file holds."""
+
+    rises: list[float]  # of the first channels, over all layers
+    baseline: float | None  # loss with all channels, None before there is one
+    size: int  # of the complete lines, in bytes
+
+
+def read(path: str | os.PathLike | None, digest: str, total: int) -> Record:
+    """Reads what an earlier call has measured, without a line that was cut off.
+
+    Raises:
+      ValueError: if the file has no such lines, or not those of this digest.
+    """
+    nothing = Record([], None, 0)
+    if path is None or not os.path.exists(path):
+        return nothing
+    content = pathlib.Path(path).read_bytes()
+    start = _first_line(digest, 0.0).split(b"0.0")[0]
+    if b"\n" not in content and content[: len(start)] == start[: len(content)]:
+        return nothing  # an empty file, or ours, cut off in the first line
+    *lines, cut_off = content.split(b"\n")
+    rises = []
+    try:
+        header, *chunks = [json.loads(line) for line in lines]
+        is_ours = header["fingerprint"] == digest
+        baseline = float(header["baseline"])
+        for line in chunks:
+            is_ours &= line["first"] == len(rises)
+            rises.extend(float(x) for x in line["rises"])
+        is_ours &= len(rises) <= total
+    except (ValueError, TypeError, KeyError):
+        is_ours, baseline = False, None
+    if not is_ours:
+        raise ValueError(
+            f"`path` must be a new file, or that of the same layers and batches, got "
+            f"{os.fspath(path)!r}, which is of something else."
+        )
+    return Record(rises, baseline, len(content) - len(cut_off))
+
+
+def begin(
+    path: str | os.PathLike | None, record: Record, digest: str, baseline: float
+) -> None:
+    """Makes a file ready for lines to be appended.
+
+    Raises:
+      ValueError: if it was measured on a network with another loss.
+    """
+    if path is None:
+        return
+    if record.baseline is None:
+        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+        pathlib.Path(path).write_bytes(_first_line(digest, baseline))
+        return
+    # Other chunk sizes round otherwise.
+    if not math.isclose(record.baseline, baseline, rel_tol=1e-5, abs_tol=1e-6):
+        raise ValueError(
+            f"`path` must be a new file, or that of the same network, got "
+            f"{os.fspath(path)!r}, where the loss with all channels is "
+            f"{record.baseline:.6g} instead of {baseline:.6g}."
+        )
+    os.truncate(path, record.size)
+
+
+def _first_line(digest: str, baseline: float) -> bytes:
+    return json.dumps({"fingerprint": digest, "baseline": baseline}).encode() + b"\n"
+
+
+def append(path: str | os.PathLike | None, line: dict[str, Any]) -> None:
+    """Adds one chunk."""
+    if path is not None:
+        with open(path, "ab") as file:
+            file.write(json.dumps(line).encode() + b"\n")

@@ -1,0 +1,155 @@
+"""Weight decay of what low-rank adapters add, and not of their factors."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.tree_util import Partial
+from jaxtyping import Array, Float
+
+from dtnh_jax import _trees
+from dtnh_jax.regularizers.weights import WeightRegularizer
+
+
+def lora_decay(
+    *, a: str = "lora_a", b: str = "lora_b", scale: float = 1.0
+) -> WeightRegularizer:
+    """Pulls an adapted network back to the pretrained one: `1/2 ||scale A B||_F^2`.
+
+    A low-rank adapter adds `scale * A B`, with `A` of shape `[..., in, rank]` and `B`
+    `[..., rank, out]`, to a weight that stays as it was. So what `l2_sp` is for whole
+    weights, this is for adapters, and it needs no copy of the pretrained weights. The
+    penalty is summed over all entries of all products, over leading axes too.
+
+    A product is never formed: `||A B||_F^2` is the inner product of `A^T A` and
+    `B B^T`, of the size of the rank. These are computed in float32.
+
+    Args:
+      a: name of the leaves `A`: the last component of their paths. An adapter is an
+        `A` and a `B` whose paths are otherwise the same.
+      b: name of the leaves `B`.
+      scale: what the network multiplies the products by, often called alpha / rank.
+        `nnx.LoRA`, whose names and shapes are the default, has 1.
+
+    Returns:
+      A `WeightRegularizer`. Its gradient is `scale^2 A (B B^T)` for `A` and
+      `scale^2 (A^T A) B` for `B`, and zero for all other leaves.
+
+    Raises:
+      ValueError: if `a` and `b` are the same; on use, if the parameters have no
+        adapter, or one whose other half is missing or of another rank.
+
+    Example:
+      >>> params = {"lora_a": jnp.array([[1.0], [2.0]]), "lora_b": jnp.array([[3.0]])}
+      >>> decay = lora_decay()
+      >>> print(decay.value(params))  # of the product [[3], [6]]
+      22.5
+      >>> print(decay.gradient(params)["lora_b"])
+      [[15.]]
+
+    References:
+      Hu et al., 2021, "LoRA", equation 3, https://arxiv.org/abs/2106.09685
+
+    Differs from weight decay of the adapters' parameters, `1/2 (||A||^2 + ||B||^2)`,
+    which depends on how a product is split into its factors.
+    """
+    if a == b:
+        raise ValueError(f"`a` and `b` must be different names, got {a!r} twice.")
+
+    def value(params):
+        total = jnp.zeros([], jnp.float32)
+        for pair in _adapters(params, a, b):
+            grams = _gram_of_a(pair.a) * jnp.conj(_gram_of_b(pair.b))
+            total += 0.5 * scale**2 * jnp.sum(jnp.real(grams)).astype(jnp.float32)
+        return total
+
+    def gradient(params):
+        leaves, treedef = _trees.flatten(params)
+        slopes = [jnp.zeros_like(x) if _trees.is_trainable(x) else x for x in leaves]
+        for pair in _adapters(params, a, b):
+            of_a = _product("...ir,...rs->...is", pair.a, _gram_of_b(pair.b), pair.a)
+            of_b = _product("...rs,...so->...ro", _gram_of_a(pair.a), pair.b, pair.b)
+            slopes[pair.at_a] = (scale**2 * of_a).astype(slopes[pair.at_a].dtype)
+            slopes[pair.at_b] = (scale**2 * of_b).astype(slopes[pair.at_b].dtype)
+        return jax.tree.unflatten(treedef, slopes)
+
+    return WeightRegularizer(Partial(value), Partial(gradient))
+
+
+class _Adapter(NamedTuple):
+    at_a: int  # which of the leaves `a` is
+    at_b: int
+    a: Float[Array, "*batch inputs rank"] | Any  # in at least float32; or complex
+    b: Float[Array, "*batch rank outputs"] | Any
+
+
+def _adapters(params: optax.Params, a: str, b: str) -> list[_Adapter]:
+    """Finds pairs of leaves by their paths.
+
+    Raises:
+      ValueError: if there is none, or one that does not match.
+    """
+    paths, (leaves, _) = _trees.names(params), _trees.flatten(params)
+    found: dict[str, dict[str, int]] = {}
+    for i, (path, leaf) in enumerate(zip(paths, leaves)):
+        # NNX variables, and boxes of linen, have their array at "value".
+        parent, _, name = f"/{path.removesuffix('/value')}".rpartition("/")
+        if name in (a, b) and _trees.is_trainable(leaf):
+            found.setdefault(parent, {})[name] = i
+    if not found:
+        raise ValueError(
+            f"`params` must have adapters, leaves named {a!r} and {b!r}, got none "
+            f"among {', '.join(paths[:8])} ..."
+        )
+    pairs = []
+    for at in found.values():
+        if len(at) < 2:
+            ((name, i),) = at.items()
+            raise ValueError(
+                f"`params` must have {b if name == a else a!r} next to every {name!r}, "
+                f"got '{paths[i]}' alone."
+            )
+        x, y = jnp.asarray(leaves[at[a]]), jnp.asarray(leaves[at[b]])
+        shapes_match = (
+            min(x.ndim, y.ndim) >= 2
+            and x.shape[-1] == y.shape[-2]
+            and x.shape[:-2] == y.shape[:-2]
+        )
+        if not shapes_match:
+            raise ValueError(
+                "`params` must have adapters of shapes [..., in, rank] and [..., rank, "
+                f"out], got {x.shape} at '{paths[at[a]]}' and {y.shape} at "
+                f"'{paths[at[b]]}'."
+            )
+        x, y = _trees.as_float32(x), _trees.as_float32(y)
+        pairs.append(_Adapter(at[a], at[b], x, y))
+    return pairs
+
+
+def _gram_of_a(x: Array) -> Array:
+    """Returns `A^H A`, of shape `[..., rank, rank]`."""
+    return _product("...ir,...is->...rs", jnp.conj(x), x)
+
+
+def _gram_of_b(y: Array) -> Array:
+    """Returns `B B^H`, of shape `[..., rank, rank]`."""
+    return _product("...ro,...so->...rs", y, jnp.conj(y))
+
+
+def _product(equation: str, x: Array, y: Array, like: Array | None = None) -> Array:
+    """Multiplies matrices in full precision, which accelerators do not by default.
+
+    On meshes whose axes are explicit, the result has the sharding of `like`; without
+    that, it is a small matrix that every device has.
+    """
+    sharding = jax.typeof(x if like is None else like).sharding
+    if not sharding.mesh.axis_names or not sharding.mesh.are_all_axes_explicit:
+        sharding = None
+    elif like is None:
+        spec = PartitionSpec(*sharding.spec[:-2], None, None)
+        sharding = NamedSharding(sharding.mesh, spec)
+    return jnp.einsum(
+        equation, x, y, precision=jax.lax.Precision.HIGHEST, out_sharding=sharding
+    )
