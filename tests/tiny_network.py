@@ -20,11 +20,10 @@ class TinyNetwork(nn.Module):
     def __call__(self, images, *, train):
         x = nn.Conv(4, (3, 3), strides=4, name="stem")(images)
         x = nn.BatchNorm(use_running_average=not train, momentum=0.9, name="norm")(x)
-        x = nn.relu(x)
-        if not self.is_initializing():
-            latest = {"reduce_fn": lambda _, new: new, "init_fn": lambda: None}
-            self.sow("features", "maps", x, **latest)
-        x = nn.Dropout(0.2, deterministic=not train)(x.mean((1, 2)))
+        x = nn.Dense(6, use_bias=False, name="mix")(nn.relu(x))
+        x = nn.relu(x).mean((1, 2))
+        self.sow("intermediates", "pooled", x)
+        x = nn.Dropout(0.2, deterministic=not train)(x)
         return nn.Dense(self.num_classes, name="head")(x)
 
 
@@ -38,7 +37,7 @@ TINY = Source(
     licence="none",
     module=TinyNetwork,
     preprocess=lambda images: jnp.asarray(images, jnp.float32) / 255,
-    feature_layers=("maps",),
+    feature_layers=("norm",),
     load=_load,
 )
 

@@ -70,6 +70,7 @@ def _finetune(config) -> int:
         cells = experiment.test(prepared, folder, strengths, console)
         outcome = results.summarize(prepared, folder, cells, strengths, tuning)
         report.write(prepared, folder, outcome)
+        folder.clear()
     except (Interrupted, KeyboardInterrupt) as error:
         print(
             f"Interrupted; what is done is in {folder.path}. "

@@ -10,7 +10,13 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from dtnh_jax.finetune.methods import ADDED, METHODS, REGULARIZERS, RULES
+from dtnh_jax.finetune.methods import (
+    ADDED,
+    DEFAULT_METHODS,
+    METHODS,
+    REGULARIZERS,
+    RULES,
+)
 
 
 def _read_strengths(words: Sequence[str]) -> dict[str, float]:
@@ -50,8 +56,9 @@ class Config:
     """Pretrained network to start from: efficientnet-lite0 (ImageNet)."""
     target: str = "elpv"
     """Task to fine-tune on: elpv (solar cells, functional or defective)."""
-    methods: tuple[str, ...] = tuple(METHODS)
-    """What to compare: REGULARIZER adds the gradients, REGULARIZER+RULE resolves."""
+    methods: tuple[str, ...] = DEFAULT_METHODS
+    """What to compare: REGULARIZER adds the gradients, REGULARIZER+RULE resolves; or
+    `all`."""
     strength: _Strengths = dataclasses.field(default_factory=dict)
     """Strengths to use instead of the default ones, such as l2_sp=0.1."""
     tune: bool = False
@@ -76,14 +83,22 @@ class Config:
     """Validation images of each class, for --tune; the same for all seeds."""
     test_per_class: int = 300
     """Test images of each class; the same for all seeds."""
+    cache_teacher: bool = True
+    """Keep what the teacher makes of the training images, instead of asking it anew."""
     seeds: int = 3
     """Repetitions, with other training images, head, order and dropout each."""
+    tuning_seeds: int | None = None
+    """Repetitions of --tune. By default as many as --seeds."""
     checkpoint_every: int = 25
     """Steps between checkpoints, from which an interrupted run goes on."""
     run_dir: pathlib.Path | None = None
     """Folder for results. By default runs/default, or another for other options."""
     data_dir: pathlib.Path | None = None
     """Folder for prepared data. By default DTNH_DATA_DIR, or the user's cache."""
+
+    def __post_init__(self):
+        if tuple(self.methods) == ("all",):
+            object.__setattr__(self, "methods", tuple(METHODS))
 
     @property
     def strengths(self) -> dict[str, float]:
@@ -151,18 +166,18 @@ def check(config: Config) -> None:
     from dtnh_jax.finetune.sources import SOURCES
     from dtnh_jax.finetune.targets import TARGETS
 
-    _one_of("source", config.source, SOURCES)
-    _one_of("target", config.target, TARGETS)
+    one_of("source", config.source, SOURCES)
+    one_of("target", config.target, TARGETS)
     if not config.methods:
         raise ValueError("`--methods` must name at least one method, got none.")
     for name in config.methods:
-        _one_of("methods", name, METHODS)
+        one_of("methods", name, METHODS)
     if len(set(config.methods)) < len(config.methods):
         raise ValueError(
             f"`--methods` must name each method once, got {' '.join(config.methods)}."
         )
     for name, strength in config.strength.items():
-        _one_of("strength", name, REGULARIZERS)
+        one_of("strength", name, REGULARIZERS)
         if not (math.isfinite(strength) and strength >= 0):
             raise ValueError(
                 f"`--strength {name}` must be at least 0 and finite, got {strength}."
@@ -174,7 +189,9 @@ def check(config: Config) -> None:
     if config.steps is not None and config.epochs is not None:
         raise ValueError("`--steps` and `--epochs` must not be given together.")
     whole = ("batch_size", "image_size", "train_per_class", "test_per_class", "seeds")
-    for name in (*whole, "steps", "checkpoint_every"):
+    if config.tuning_seeds is not None and not config.tune:
+        raise ValueError("`--tuning-seeds` is of no use without `--tune`.")
+    for name in (*whole, "steps", "checkpoint_every", "tuning_seeds"):
         _at_least(name, getattr(config, name), 1)
     _at_least("validation_per_class", config.validation_per_class, int(config.tune))
     for name in ("learning_rate", "epochs"):
@@ -189,7 +206,8 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _one_of(name: str, value: str, known: Any) -> None:
+def one_of(name: str, value: str, known: Any) -> None:
+    """Raises ValueError unless an option has a value that is known."""
     if value not in known:
         raise ValueError(
             f"`{_flag(name)}` must be one of {', '.join(known)}, got {value!r}."

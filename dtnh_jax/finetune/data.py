@@ -1,11 +1,11 @@
 """From a target to batches: splits, examples in memory, and what feeds a loop.
 
-`split` draws indices, `materialize` reads those once into arrays, and the two
-`*_batches` functions feed a loop.
+`split` draws indices, `materialize` reads those once into arrays, `views` are those
+with their mirror images, and the two `*_batches` functions feed a loop.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -15,7 +15,8 @@ from PIL import Image
 from dtnh_jax.finetune.targets import Target
 
 # Letters of shapes: n examples, b of them in a batch, h by w pixels of c channels.
-Batch = dict[str, np.ndarray]
+Batch = dict[str, Any]  # arrays
+VIEWS = 4  # of an example, see `views`
 
 
 class Splits(NamedTuple):
@@ -164,20 +165,45 @@ def materialize(
     return Examples(images, target.labels[indices].astype(np.int32))
 
 
+def views(examples: Examples) -> grain.MapDataset:
+    """Every image as it is, upside down, mirrored, and both: all that training sees.
+
+    Args:
+      examples: at least one.
+
+    Returns:
+      A dataset of `VIEWS` times as many `{"image": uint8 [h, w, 3], "label": int32}`,
+      those of one example next to each other.
+
+    Raises:
+      ValueError: there are no examples.
+    """
+    if not len(examples):
+        raise ValueError("`examples` must hold at least 1 example, got 0.")
+
+    def read(index: int) -> dict[str, Any]:
+        example, view = divmod(index, VIEWS)
+        image = examples.images[example]
+        image = image[::-1] if view & 1 else image
+        image = image[:, ::-1] if view & 2 else image
+        return {"image": image, "label": examples.labels[example]}
+
+    return grain.MapDataset.range(VIEWS * len(examples)).map(read)
+
+
 def training_batches(
-    examples: Examples, batch_size: int, seed: int
+    views: grain.MapDataset, batch_size: int, seed: int
 ) -> grain.MapDataset[Batch]:
-    """Endless batches: shuffled anew each epoch, and flipped at random.
+    """Endless batches: shuffled anew each epoch, each example in a random view.
 
     Batches run on over the end of an epoch, so every example is seen once an epoch and
     every batch is full, even where `batch_size` exceeds the number of examples.
 
-    Each image is mirrored left to right, and upside down, with probability 1/2 each.
-
     Args:
-      examples: what to draw from, at least one.
+      views: as the function of that name returns them, or with more entries, such as
+        those of `teacher_cache.cache_features`.
       batch_size: examples in a batch, at least 1.
-      seed: of order and flips, from 0 to 2**32 - 1.
+      seed: of order and views, from 0 to 2**32 - 1.
 
     Returns:
       A dataset whose element at `step` is the batch of that step,
@@ -188,21 +214,19 @@ def training_batches(
       ValueError: an argument is out of range.
     """
     _at_least("batch_size", batch_size, 1)
-    if not len(examples):
-        raise ValueError("`examples` must hold at least 1 example, got 0.")
     if not 0 <= seed < 2**32:
         raise ValueError(f"`seed` must be from 0 to 2**32 - 1, got {seed}.")
 
-    def read(index: int) -> Batch:
-        return {"image": examples.images[index], "label": examples.labels[index]}
+    def draw(example: int, rng: np.random.Generator) -> int:
+        return VIEWS * example + int(rng.integers(VIEWS))
 
     return (
-        grain.MapDataset.range(len(examples))
+        grain.MapDataset.range(len(views) // VIEWS)
         .seed(seed)
         .shuffle()
         .repeat()  # before `batch`, which would otherwise drop each epoch's remainder
-        .map(read)
-        .random_map(_flip)
+        .random_map(draw)
+        .map(lambda view: views[view])
         .batch(batch_size)
     )
 
@@ -236,15 +260,6 @@ def evaluation_batches(examples: Examples, batch_size: int) -> list[Batch]:
         {key: padded(column, start) for key, column in columns.items()}
         for start in range(0, len(examples), batch_size)
     ]
-
-
-def _flip(example: Batch, rng: np.random.Generator) -> Batch:
-    """Returns the example, mirrored along neither, either or both axes."""
-    upside_down, left_to_right = rng.integers(0, 2, size=2)
-    image = example["image"]
-    image = image[::-1] if upside_down else image
-    image = image[:, ::-1] if left_to_right else image
-    return {**example, "image": image}
 
 
 def _at_least(argument: str, value: int, bound: int) -> None:

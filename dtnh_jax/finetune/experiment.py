@@ -6,17 +6,19 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from rich.console import Console
 
-from dtnh_jax.finetune import data, loop, progress
+from dtnh_jax import teacher_cache
+from dtnh_jax.finetune import data, estimates, loop, progress
 from dtnh_jax.finetune.config import Config
 from dtnh_jax.finetune.folder import Folder
 from dtnh_jax.finetune.interrupt import Interrupted, stop_signals
 from dtnh_jax.finetune.methods import METHODS, REGULARIZERS, Method
-from dtnh_jax.finetune.sources import Source, load_source
+from dtnh_jax.finetune.sources import Source, load_source, original_variables
 from dtnh_jax.finetune.statistics import accuracies
 from dtnh_jax.finetune.targets import Target, load_target
 
@@ -49,7 +51,7 @@ class Experiment(NamedTuple):
     test_set: Callable[[], data.Examples]
     trainer: Callable[[str | None], loop.Trainer]  # of a regularizer
     predict: Callable[..., Any]
-    variables: loop.Variables  # of the source, with a head of the target's classes
+    variables: loop.Variables  # of the source, with the original head
 
 
 def prepare(config: Config) -> Experiment:
@@ -76,7 +78,7 @@ def prepare(config: Config) -> Experiment:
         validation_per_class=config.validation_per_class,
         test_per_class=config.test_per_class,
     )
-    variables = loop.starting_variables(source, classes, 0, is_pretrained=True)
+    variables = original_variables(source)
     network = source.module(classes)
     steps = config.total_steps(config.train_per_class * classes)
 
@@ -98,7 +100,7 @@ def prepare(config: Config) -> Experiment:
 
     @functools.cache
     def trainer_of(regularizer: str | None) -> loop.Trainer:
-        return loop.make_trainer(source, network, variables, regularizer, config, steps)
+        return loop.make_trainer(source, network, regularizer, config, steps)
 
     return Experiment(
         config,
@@ -135,12 +137,12 @@ def tune(
     ]
     cells = [
         Cell(METHODS[name], seed, strength, is_tuning=True)
-        for seed in range(config.seeds)
+        for seed in range(config.tuning_seeds or config.seeds)
         for name, strength in candidates
     ]
     results = run_cells(
         experiment,
-        Folder(folder.path / "tune").make(),
+        folder.of_tuning(),
         cells,
         experiment.validation_set,
         console,
@@ -212,10 +214,11 @@ def _run_cell(
     display: progress.Display,
 ) -> dict[str, Any]:
     """Trains from the last checkpoint, or the start, and evaluates at the end."""
-    state, seconds = _train_cell(experiment, folder, cell, display)
+    known = _known(experiment, folder, cell)
+    state, seconds = _train_cell(experiment, folder, cell, known, display)
     started = time.monotonic()
     examples = evaluation_set()
-    predicted = loop.predictions(experiment.predict, state, examples)
+    predicted = loop.predictions(experiment.predict, state, known, examples)
     accuracy, balanced_accuracy = accuracies(examples.labels, predicted)
     result = {
         "method": cell.method.name,
@@ -230,8 +233,46 @@ def _run_cell(
     return result
 
 
+def _known(experiment: Experiment, folder: Folder, cell: Cell) -> loop.Known:
+    """What the regularizer of a cell has to know; estimated once for a seed."""
+    name = cell.method.regularizer
+    asked = REGULARIZERS[name].estimate if name else None
+    if asked is None:
+        return loop.Known(experiment.variables)
+    question = estimates.Question(
+        experiment.source,
+        experiment.variables,
+        experiment.training_set(cell.seed),
+        len(experiment.target.class_names),
+        cell.seed,
+        folder.prepared / f"{asked}-seed{cell.seed}",
+    )
+    return loop.Known(experiment.variables, estimates.estimate(asked, question))
+
+
+def _views(experiment: Experiment, folder: Folder, cell: Cell) -> grain.MapDataset:
+    """The training images of a cell, with what the teacher makes of them if needed."""
+    views = data.views(experiment.training_set(cell.seed))
+    name = cell.method.regularizer
+    has_teacher = name is not None and REGULARIZERS[name].has_teacher
+    if not (has_teacher and experiment.config.cache_teacher):
+        return views
+    see = jax.jit(functools.partial(loop.look, experiment.source))
+    return teacher_cache.cache_features(
+        folder.prepared / f"teacher-seed{cell.seed}",
+        views,
+        lambda batch: see(experiment.variables, batch["image"]),
+        teacher=experiment.variables,
+        layers=loop.teacher_layers(experiment.source),
+    )
+
+
 def _train_cell(
-    experiment: Experiment, folder: Folder, cell: Cell, display: progress.Display
+    experiment: Experiment,
+    folder: Folder,
+    cell: Cell,
+    known: loop.Known,
+    display: progress.Display,
 ) -> tuple[loop.State, float]:
     """Returns the trained state, and the seconds that training it took in all."""
     config = experiment.config
@@ -239,12 +280,11 @@ def _train_cell(
     trainer = experiment.trainer(cell.method.regularizer)
     classes = len(experiment.target.class_names)
     variables = loop.starting_variables(
-        experiment.source, classes, cell.seed, cell.method.is_pretrained
+        experiment.source, classes, cell.seed, cell.method
     )
     state = trainer.init(variables, cell.method, cell.strength)
-    batches = data.training_batches(
-        experiment.training_set(cell.seed), config.batch_size, cell.seed
-    )
+    views = _views(experiment, folder, cell)
+    batches = data.training_batches(views, config.batch_size, cell.seed)
     with (
         folder.checkpoints(cell.name, config.checkpoint_every) as checkpoints,
         stop_signals() as received,
@@ -259,7 +299,7 @@ def _train_cell(
             trainer,
             state,
             batches,
-            experiment.variables,
+            known,
             loop.training_key(cell.seed),
             experiment.steps,
         )

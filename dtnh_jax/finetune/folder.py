@@ -5,6 +5,7 @@ machine.json       what it ran on, and when it began
 metrics.jsonl      a line for every step of every method and seed
 cells/             the result of every method and seed that is complete
 checkpoints/       of the one that is in training
+prepared/          the teacher's features and estimates of a seed, until the end
 tune/              metrics and cells of `--tune`
 results.json, report.md and figures, at the end
 """
@@ -27,9 +28,18 @@ class OtherConfigurationError(ValueError):
 class Folder:
     """Files of one run, or of its tuning; every change leaves it consistent."""
 
-    def __init__(self, path: pathlib.Path):
+    def __init__(self, path: pathlib.Path, prepared: pathlib.Path | None = None):
         self.path = path
         self.metrics_path = path / "metrics.jsonl"
+        self.prepared = prepared or path / "prepared"
+
+    def of_tuning(self) -> "Folder":
+        """The folder for tuning, which shares what is prepared for a seed."""
+        return Folder(self.path / "tune", self.prepared).make()
+
+    def clear(self) -> None:
+        """Deletes what is of no use once there are results."""
+        shutil.rmtree(self.prepared, ignore_errors=True)
 
     def make(self) -> "Folder":
         """Makes the directories, and returns itself."""

@@ -1,7 +1,7 @@
 """The train step, and training with it: from a state to a later one.
 
-A `Trainer` holds one compiled step for one regularizer. Seeds, strengths and rules are
-data to it, so all of them share the compilation.
+A `Trainer` holds one compiled step for one regularizer. Seeds, strengths, rules and
+what is known of the source are data to it, so all of them share the compilation.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,16 +15,35 @@ from flax.training import train_state
 from jaxtyping import Array, Int, PRNGKeyArray
 
 import dtnh_jax
+from dtnh_jax import GradientPair
+from dtnh_jax.finetune.adapters import add_adapters, new_adapters
 from dtnh_jax.finetune.config import Config
 from dtnh_jax.finetune.data import Examples, evaluation_batches
-from dtnh_jax.finetune.methods import ADDED, REGULARIZERS, Method, any_rule
-from dtnh_jax.finetune.sources import Source, Variables, initial_variables
+from dtnh_jax.finetune.methods import ADDED, REGULARIZERS, Method, Seen, any_rule
+from dtnh_jax.finetune.sources import (
+    Source,
+    Variables,
+    initial_variables,
+    original_variables,
+)
+from dtnh_jax.linen import capture_features
 
 Metrics = dict[str, Array]  # scalars by name
 
 
+class Known(NamedTuple):
+    """What a regularizer knows before training begins."""
+
+    source: Variables  # pretrained, with the original head
+    estimate: Any = None  # see `estimates`
+
+
 class State(train_state.TrainState):
-    """All that changes in training; `step` is how many steps are done."""
+    """All that changes in training; `step` is how many steps are done.
+
+    The parameters are the network's; with a `source_head` beside the `head`; or the
+    `head` and `adapters` alone.
+    """
 
     params: Any  # `TrainState` says FrozenDict, which Flax has ceased to return
     batch_stats: Any
@@ -35,15 +54,14 @@ class Trainer(NamedTuple):
 
     # (variables to start from, method, strength) -> state; the variables are copied.
     init: Callable[[Variables, Method, float], State]
-    # (state, batch, the source's variables, key of the run) -> state, metrics. The
-    # state is donated: use the new one. The metrics are those before the update.
-    step: Callable[[State, Any, Variables, PRNGKeyArray], tuple[State, Metrics]]
+    # (state, batch, what is known, key of the run) -> state, metrics. The state is
+    # donated: use the new one. The metrics are those before the update.
+    step: Callable[[State, Any, Known, PRNGKeyArray], tuple[State, Metrics]]
 
 
 def make_trainer(
     source: Source,
     network: Any,
-    source_variables: Variables,
     regularizer_name: str | None,
     config: Config,
     steps: int,
@@ -53,7 +71,6 @@ def make_trainer(
     Args:
       source: what the network takes its images from.
       network: with the target's number of classes.
-      source_variables: pretrained, with any head: where regularizers pull to.
       regularizer_name: one of `REGULARIZERS`, or None.
       config: for optimizer, scope, and the rules that its methods need.
       steps: length of training, for the schedule of the learning rate.
@@ -65,27 +82,14 @@ def make_trainer(
         optimizer = optax.sgd(schedule, momentum=0.9, nesterov=True)
     else:
         optimizer = optax.adamw(schedule)
-
-    of_weights = None
-    of_features = regularizer.of_features if regularizer else None
-    if regularizer and regularizer.of_weights:
-        of_weights = regularizer.of_weights(source_variables["params"])
-
-        def add(strength, rule):
-            return dtnh_jax.add_regularizer(
-                of_weights, strength, rule=any_rule(rules, rule), scope=config.scope
-            )
-
-        # What is in the state is data, and no reason to compile again.
-        adding = optax.inject_hyperparams(add)(strength=0.0, rule=0)
-        optimizer = optax.chain(adding, optimizer)
-    elif of_features:
+    if regularizer is not None:
 
         def resolve(strength, rule):
             return dtnh_jax.resolve_conflicts(
                 any_rule(rules, rule), strength, scope=config.scope
             )
 
+        # What is in the state is data, and no reason to compile again.
         resolving = optax.inject_hyperparams(resolve)(strength=0.0, rule=0)
         optimizer = optax.chain(resolving, optimizer)
 
@@ -108,53 +112,63 @@ def make_trainer(
         )
         return state.replace(opt_state=opt_state)
 
-    def feature_maps(collection: dict[str, Array]) -> dict[str, Array]:
-        return {name: collection[name] for name in source.feature_layers}
+    apply = capture_features(network, [*source.feature_layers, "pooled"])
+
+    def forward(params, state, batch, known, key):
+        """Returns the loss, new batch statistics, and what a regularizer may see."""
+        (logits, updated), found = apply(
+            {
+                "params": network_params(params, known.source["params"]),
+                "batch_stats": state.batch_stats,
+            },
+            source.preprocess(batch["image"]),
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": jax.random.fold_in(key, state.step)},
+        )
+        labels = batch["label"]
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        pooled, source_logits = found.pop("pooled"), None
+        if "source_head" in params:
+            kept = params["source_head"]
+            source_logits = pooled @ kept["kernel"] + kept["bias"][None, :]
+        teacher = dict(batch.get("teacher", {}))
+        teacher_logits = teacher.pop("head", None)
+        seen = Seen(found, pooled, source_logits, teacher, teacher_logits, labels)
+        return jnp.mean(loss), updated["batch_stats"], seen
 
     def step(
-        state: State, batch: dict[str, Any], teacher: Variables, key: PRNGKeyArray
+        state: State, batch: dict[str, Any], known: Known, key: PRNGKeyArray
     ) -> tuple[State, Metrics]:
-        images = source.preprocess(batch["image"])
-        dropout = jax.random.fold_in(key, state.step)
-
-        def forward(params):
-            logits, updated = state.apply_fn(
-                {"params": params, "batch_stats": state.batch_stats},
-                images,
-                train=True,
-                mutable=["batch_stats", "features"],
-                rngs={"dropout": dropout},
-            )
-            losses = optax.softmax_cross_entropy_with_integer_labels(
-                logits, batch["label"]
-            )
-            return jnp.mean(losses), updated
-
         metrics = {}
-        if of_features is None:  # the regularizer, if any, is in the optimizer
-            (loss, updated), grads = jax.value_and_grad(forward, has_aux=True)(
-                state.params
-            )
-            if of_weights is not None:
-                metrics["regularizer"] = of_weights.value(state.params)
-        else:
-            _, shown = state.apply_fn(
-                teacher, images, train=False, mutable=["features"]
-            )
-            target_maps = feature_maps(shown["features"])
+        if regularizer and regularizer.of_batch:
+            if regularizer.has_teacher and "teacher" not in batch:
+                teacher = look(source, known.source, batch["image"])
+                batch = {**batch, "teacher": teacher}
 
-            def objective(params, of_features=of_features):
-                loss, updated = forward(params)
-                maps = feature_maps(updated["features"])
-                return (loss, of_features(maps, target_maps)), updated
+            def objective(params, of_batch=regularizer.of_batch):
+                loss, batch_stats, seen = forward(params, state, batch, known, key)
+                return (loss, of_batch(seen, known.estimate)), batch_stats
 
-            ((loss, value), updated), grads = dtnh_jax.value_and_gradient_pair(
+            ((loss, value), batch_stats), grads = dtnh_jax.value_and_gradient_pair(
                 objective, has_aux=True
             )(state.params)
             metrics["regularizer"] = value
+        else:
+
+            def of_loss(params):
+                loss, batch_stats, _ = forward(params, state, batch, known, key)
+                return loss, batch_stats
+
+            (loss, batch_stats), grads = jax.value_and_grad(of_loss, has_aux=True)(
+                state.params
+            )
+            if regularizer and regularizer.of_weights:
+                pull = regularizer.of_weights(known.source["params"], known.estimate)
+                grads = GradientPair(grads, pull.gradient(state.params))
+                metrics["regularizer"] = pull.value(state.params)
         metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
-        state = state.apply_gradients(grads=grads)
-        state = state.replace(batch_stats=updated["batch_stats"])
+        state = state.apply_gradients(grads=grads).replace(batch_stats=batch_stats)
         if regularizer is not None:
             metrics |= dtnh_jax.conflict_metrics(state.opt_state)
         return state, {"loss": loss, **metrics}
@@ -162,12 +176,51 @@ def make_trainer(
     return Trainer(init, jax.jit(step, donate_argnums=0))
 
 
+def look(source: Source, variables: Variables, images: Any) -> dict[str, Array]:
+    """What the pretrained network makes of images: its maps by layer, and logits.
+
+    Args:
+      source: the network.
+      variables: pretrained, with the original head.
+      images: as the source's `preprocess` takes them.
+
+    Returns:
+      Outputs by path; those of `head` are the logits of the original classes.
+    """
+    network = source.module(len(variables["params"]["head"]["bias"]))
+    apply = capture_features(network, teacher_layers(source))
+    return apply(variables, source.preprocess(images), train=False)[1]
+
+
+def teacher_layers(source: Source) -> list[str]:
+    """The layers whose outputs regularizers may want of the teacher."""
+    return [*source.feature_layers, "head"]
+
+
+def network_params(params: Any, source_params: Any) -> Any:
+    """The network's parameters: those of a state, or the source's with adapters."""
+    if "adapters" not in params:
+        return params
+    adapted = add_adapters(source_params, params["adapters"])
+    return {**adapted, "head": params["head"]}
+
+
 def starting_variables(
-    source: Source, num_classes: int, seed: int, is_pretrained: bool
+    source: Source, num_classes: int, seed: int, method: Method
 ) -> Variables:
     """What a seed starts from; methods of one seed have the same head."""
-    key = jax.random.fold_in(jax.random.key(seed), 0)
-    return initial_variables(source, num_classes, key, is_pretrained)
+    key = jax.random.key(seed)
+    variables = initial_variables(
+        source, num_classes, jax.random.fold_in(key, 0), method.is_pretrained
+    )
+    params = variables["params"]
+    if method.has_adapters:
+        adapters = new_adapters(params, jax.random.fold_in(key, 2))
+        params = {"head": params["head"], "adapters": adapters}
+    if method.regularizer and REGULARIZERS[method.regularizer].keeps_source_head:
+        kept = original_variables(source)["params"]["head"]
+        params = {**params, "source_head": kept}
+    return {**variables, "params": params}
 
 
 def training_key(seed: int) -> PRNGKeyArray:
@@ -179,7 +232,7 @@ def train(
     trainer: Trainer,
     state: State,
     batches: Any,
-    source_variables: Variables,
+    known: Known,
     key: PRNGKeyArray,
     steps: int,
 ) -> Iterator[tuple[State, Metrics]]:
@@ -192,7 +245,7 @@ def train(
       trainer: what made the state.
       state: the first one; donated.
       batches: indexed by step, as `data.training_batches` returns.
-      source_variables: pretrained.
+      known: of the regularizer.
       key: of the run; each step folds its number in.
       steps: where to stop.
 
@@ -202,18 +255,25 @@ def train(
     start = int(state.step)
     batch = batches[start]
     for step in range(start, steps):
-        state, metrics = trainer.step(state, batch, source_variables, key)
+        state, metrics = trainer.step(state, batch, known, key)
         batch = batches[step + 1]  # prepared while the device is at work
         yield state, metrics
 
 
 def make_predictor(source: Source, network: Any) -> Callable[..., Array]:
-    """Returns a compiled function of (variables, uint8 images) to class numbers."""
+    """Returns a compiled function of (state, known, images) to class numbers."""
 
     @jax.jit
-    def predict(variables, images) -> Int[Array, " b"]:
+    def of_variables(params, batch_stats, source_params, images) -> Int[Array, " b"]:
+        params = network_params(params, source_params)
+        variables = {"params": params, "batch_stats": batch_stats}
         logits = network.apply(variables, source.preprocess(images), train=False)
         return jnp.argmax(logits, axis=-1)
+
+    def predict(state: State, known: Known, images: Any) -> Array:
+        return of_variables(
+            state.params, state.batch_stats, known.source["params"], images
+        )
 
     return predict
 
@@ -221,13 +281,13 @@ def make_predictor(source: Source, network: Any) -> Callable[..., Array]:
 def predictions(
     predict: Callable[..., Array],
     state: State,
+    known: Known,
     examples: Examples,
     batch_size: int = 100,
 ) -> list[int]:
     """The class that a network finds most likely, for every example."""
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
     found = [
-        np.asarray(predict(variables, batch["image"]))[batch["mask"]]
+        np.asarray(predict(state, known, batch["image"]))[batch["mask"]]
         for batch in evaluation_batches(examples, batch_size)
     ]
     return np.concatenate(found).tolist()

@@ -233,9 +233,9 @@ class EfficientNetLite0(nn.Module):
     """EfficientNet-Lite0: EfficientNet-B0 with relu6, without squeeze-and-excitation.
 
     Collections: "params"; "batch_stats", updated with `train=True` if mutable; and
-    "features", the maps after each stage (`stage_1` to `stage_7`) and after the last
-    convolution (`head_conv`), for a caller who makes that collection mutable. The
-    classifier is the submodule `head`.
+    what the classifier sees, `pooled`, in "intermediates" for a caller who makes that
+    collection mutable. Block `b` of stage `s` is the submodule `stage_s_block_b`, and
+    the classifier is `head`: `linen.capture_features` finds their outputs.
 
     Differs from the official network: no stochastic depth in training.
 
@@ -249,10 +249,8 @@ class EfficientNetLite0(nn.Module):
       >>> images = jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32)
       >>> key = jax.random.key(0)
       >>> shapes = jax.eval_shape(partial(model.init, train=False), key, images)
-      >>> apply = partial(model.apply, train=False, mutable=["features"])
-      >>> logits, state = jax.eval_shape(apply, shapes, images)
-      >>> logits.shape, state["features"]["stage_7"].shape
-      ((2, 10), (2, 2, 2, 320))
+      >>> jax.eval_shape(partial(model.apply, train=False), shapes, images).shape
+      (2, 10)
 
     References:
       Tan and Le, 2019, https://arxiv.org/abs/1905.11946
@@ -278,17 +276,12 @@ class EfficientNetLite0(nn.Module):
                 x = InvertedResidual(stage, stride, self.dtype, name=name)(
                     x, train=train
                 )
-            self._show(f"stage_{number}", x)
         x = nn.Dense(1280, use_bias=False, dtype=self.dtype, name="top")(x)
         x = nn.relu6(norm(name="top_norm")(x))
-        self._show("head_conv", x)
-        x = nn.Dropout(self.dropout_rate, deterministic=not train)(x.mean((1, 2)))
+        x = x.mean((1, 2))
+        self.sow("intermediates", "pooled", x)
+        x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
-
-    def _show(self, name: str, x: Array) -> None:
-        if not self.is_initializing():  # else `init` would return the features too
-            latest = {"reduce_fn": lambda _, new: new, "init_fn": lambda: None}
-            self.sow("features", name, x, **latest)
 
 
 def _norm(train: bool, dtype: Any) -> Callable[..., nn.BatchNorm]:

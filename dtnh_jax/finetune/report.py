@@ -14,7 +14,7 @@ from dtnh_jax.finetune import data
 from dtnh_jax.finetune.experiment import Experiment
 from dtnh_jax.finetune.folder import Folder, write_json
 from dtnh_jax.finetune.methods import METHODS
-from dtnh_jax.finetune.results import BASELINE, plain
+from dtnh_jax.finetune.results import plain
 from dtnh_jax.finetune.statistics import estimate
 
 _PHOTOGRAPHS = 12
@@ -83,7 +83,7 @@ def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         for cell in results["cells"]
     )
     header += [] if is_even else ["balanced"]
-    header += ["vs plain sum", "vs fine-tuning", "cosine", "in conflict"]
+    header += ["vs plain sum", "vs no regularizer", "cosine", "in conflict"]
     found = {(d["method"], d["minus"]): d["accuracy"] for d in results["differences"]}
     body = []
     for name, numbers in results["methods"].items():
@@ -97,7 +97,7 @@ def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         keys = ["accuracy"] if is_even else ["accuracy", "balanced_accuracy"]
         row += [_level(numbers[key], several) for key in keys]
         row.append(_difference(found.get((name, method.plain))))
-        row.append(_difference(found.get((name, BASELINE))))
+        row.append(_difference(found.get((name, method.baseline))))
         if "cosine" in numbers:
             row += [f"{numbers['cosine']:+.3f}", f"{100 * numbers['conflict']:.0f}%"]
         else:

