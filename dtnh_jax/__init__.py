@@ -3,6 +3,7 @@
 from dtnh_jax import regularizers, rules
 from dtnh_jax._accumulate import accumulate_pairs
 from dtnh_jax._decoupled import decoupled
+from dtnh_jax._never_hurt import NeverHurtState, never_hurt
 from dtnh_jax._protect import ConflictState
 from dtnh_jax._resolve import add_regularizer, dtnh, resolve_conflicts
 from dtnh_jax.gradients import GradientPair, value_and_gradient_pair
@@ -11,12 +12,14 @@ from dtnh_jax.metrics import conflict_metrics, first_order_harm
 __all__ = [
     "ConflictState",
     "GradientPair",
+    "NeverHurtState",
     "accumulate_pairs",
     "add_regularizer",
     "conflict_metrics",
     "decoupled",
     "dtnh",
     "first_order_harm",
+    "never_hurt",
     "regularizers",
     "resolve_conflicts",
     "rules",

@@ -40,7 +40,7 @@ def init_state(options: Options, params: optax.Params) -> ConflictState:
     if options.reference_decay is not None:
         zeros = [jnp.zeros_like(x, _trees.single(x)) for x in layout.xs]
         reference = layout.scatter(zeros, others=optax.MaskedNode())
-    groups = len(_rows(layout, _part.labels_of(options.stages[0][1], params)))
+    groups = len(rows_of(layout, _part.labels_of(options.stages[0][1], params)))
     return ConflictState(
         jnp.zeros([], jnp.int32),
         reference,
@@ -74,6 +74,31 @@ def gradients_of(
     return {name: getter(each) for name, each in regularizers.items()}
 
 
+class Groups(NamedTuple):
+    """Leaves that take part, in groups."""
+
+    member: Bool[np.ndarray, "groups leaves"]  # that a rule sees as one
+    rows: Bool[np.ndarray, "rows leaves"]  # that the metrics see as one
+
+
+# (regularizer's gradient, strength, geometry with the loss, whether the loss gradient
+# is finite) -> what is left of `strength` times the gradient.
+Resolver = Callable[
+    [Callable[[], list[Array]], Array, _scopes.Geometry, Bool[Array, ""]], _part.Part
+]
+
+
+def layout_of(
+    options: Options,
+    loss: optax.Updates,
+    getters: Mapping[str, Callable[[], optax.Updates]],
+    params: optax.Params | None,
+) -> _trees.Layout:
+    """Finds the leaves that take part in an update."""
+    trees = [get() for get in getters.values()]
+    return _trees.layout(loss, trees, options.mask, loss if params is None else params)
+
+
 def regularizer_parts(
     options: Options,
     loss: optax.Updates,
@@ -98,50 +123,84 @@ def regularizer_parts(
       The layout of the leaves that take part, a part for each regularizer, and the
       state after the update.
     """
+    layout = layout_of(options, loss, getters, params)
     params = loss if params is None else params
-    trees = {name: get() for name, get in getters.items()}
-    layout = _trees.layout(loss, list(trees.values()), options.mask, params)
     labels = [_part.labels_of(scope, params) for _, scope in options.stages]
     stages = [
         _part.Stage(rule, scope, of and [of[i] for i in layout.at], options.is_coupled)
         for (rule, scope), of in zip(options.stages, labels)
     ]
-    rows = _rows(layout, labels[0])
     trust = None
     if options.trust_ratio is not None:
         given = None if lengths is None else layout.gather(lengths, "updates")
         trust = _part.Trust(options.trust_ratio, given)
-
-    parts, by_name = [], {}
+    _, member = _part.membership(stages[0].scope, stages[0].labels, len(layout.xs))
+    groups = Groups(member, rows_of(layout, labels[0]))
     average = protected = None
+
+    def resolve(get_ys, strength, leaves, is_loss_finite):
+        nonlocal average, protected
+        if options.reference_decay is None:
+            return _in_stages(layout.xs, get_ys, strength, stages, trust, leaves)
+        if protected is None:
+            average, protected = _moving_average(
+                layout, state, options.reference_decay, is_loss_finite
+            )
+        seen = _scopes.measure_leaves(protected, get_ys, groups.member)
+        return _in_stages(protected, get_ys, strength, stages, trust, seen)
+
+    parts, seen, step = resolve_each(
+        options, layout, groups, getters, state.step, state.metrics, resolve
+    )
+    reference = state.reference
+    if average is not None:
+        reference = layout.scatter(average, onto=state.reference)
+    return layout, parts, ConflictState(step, reference, seen)
+
+
+def resolve_each(
+    options: Options,
+    layout: _trees.Layout,
+    groups: Groups,
+    getters: Mapping[str, Callable[[], optax.Updates]],
+    step: Int[Array, ""],
+    before: Any,
+    resolve: Resolver,
+) -> tuple[list[RegularizerPart], Any, Int[Array, ""]]:
+    """Measures every regularizer's gradient, and has it resolved.
+
+    Args:
+      options: of the transformation.
+      layout: of the leaves that take part.
+      groups: of leaves that are measured together, and reported together.
+      getters: as in `regularizer_parts`.
+      step: of this update.
+      before: the metrics in the state.
+      resolve: what is to be done.
+
+    Returns:
+      A part for each regularizer, the metrics, and the next step.
+    """
+    parts, by_name = [], {}
     is_loss_finite = jnp.array(True)
     for name, get in getters.items():
-        strength = options.strength_at(name, state.step)
+        strength = options.strength_at(name, step)
 
         def get_ys(get=get):
             return layout.gather(get(), "regularizer_grads")
 
-        member = _part.membership(stages[0].scope, stages[0].labels, len(layout.xs))[1]
-        seen = leaves = _scopes.measure_leaves(layout.xs, get_ys, member)
+        leaves = _scopes.measure_leaves(layout.xs, get_ys, groups.member)
         strength = strength.astype(leaves.y_norm.dtype)
         is_loss_finite = jnp.all(jnp.isfinite(leaves.x_norm))
-        if options.reference_decay is None:
-            protected = layout.xs
-        else:
-            if protected is None:
-                average, protected = _moving_average(
-                    layout, state, options.reference_decay, is_loss_finite
-                )
-            seen = _scopes.measure_leaves(protected, get_ys, member)
-        part = _in_stages(protected, get_ys, strength, stages, trust, seen)
+        part = resolve(get_ys, strength, leaves, is_loss_finite)
         is_finite = jnp.all(jnp.isfinite(strength * leaves.y_norm))
-        skipped = options.by_name(state.metrics, "state.metrics")[name].skipped
+        skipped = options.by_name(before, "state.metrics")[name].skipped
         by_name[name] = metrics.measured(
             leaves,
             strength,
             part,
             [x.size for x in layout.xs],
-            rows,
+            groups.rows,
             skipped + jnp.where(is_finite, 0, 1),
         )
         parts.append(
@@ -152,14 +211,29 @@ def regularizer_parts(
                 is_finite & is_loss_finite,
             )
         )
-    reference = state.reference
-    if average is not None:
-        reference = layout.scatter(average, onto=state.reference)
-    step = jnp.where(is_loss_finite, optax.safe_increment(state.step), state.step)
-    return layout, parts, ConflictState(step, reference, options.join(by_name))
+    step = jnp.where(is_loss_finite, optax.safe_increment(step), step)
+    return parts, options.join(by_name), step
 
 
-def _rows(
+def add_parts(layout: _trees.Layout, parts: list[RegularizerPart]) -> optax.Updates:
+    """The loss gradient plus what is left of every regularizer's."""
+    updates = layout.xs
+    for part in parts:
+        added = [
+            _add(x, *each)
+            for x, *each in zip(updates, part.leaves, part.scaled, part.is_whole)
+        ]
+        updates = [jnp.where(part.is_finite, new, x) for new, x in zip(added, updates)]
+    return layout.scatter(updates)
+
+
+def _add(x: Array, part: Array, scaled: Array, is_whole: Array) -> Array:
+    """`x + scaled` bit by bit where nothing was resolved, else rounded only once."""
+    rounded = (_trees.as_float32(x) + part).astype(x.dtype)
+    return jnp.where(is_whole, x + scaled.astype(x.dtype), rounded)
+
+
+def rows_of(
     layout: _trees.Layout, labels: list[str] | None
 ) -> Bool[np.ndarray, "rows leaves"]:
     """Which leaves that take part are in which row of the metrics per group.

@@ -2,15 +2,14 @@
 
 from collections.abc import Callable, Mapping
 
-import jax.numpy as jnp
 import optax
-from jaxtyping import Array
 
 from dtnh_jax import _trees, rules
 from dtnh_jax._options import Mask, Number, Options, Stages, Strength
 from dtnh_jax._part import Scope
 from dtnh_jax._protect import (
     ConflictState,
+    add_parts,
     checked_regularizers,
     gradients_of,
     init_state,
@@ -63,6 +62,7 @@ def dtnh(
       TypeError: for arguments of another kind.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> from dtnh_jax import GradientPair, dtnh
       >>> tx = optax.chain(dtnh(strength=1.0), optax.sgd(1.0))
       >>> params = jnp.zeros(2)
@@ -127,6 +127,7 @@ def resolve_conflicts(
       TypeError: for arguments of another kind.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> from dtnh_jax import resolve_conflicts, rules
       >>> tx = resolve_conflicts(rules.weighted_sum, strength=0.5, scope="leaf")
       >>> g, r = {"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([-1.0, 2.0])}
@@ -182,6 +183,7 @@ def add_regularizer(
       TypeError: for arguments of another kind.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> from dtnh_jax import add_regularizer
       >>> from dtnh_jax.regularizers import l2_sp
       >>> params = {"w": jnp.array([1.0, 2.0])}
@@ -221,17 +223,4 @@ def _add_parts(
 ) -> tuple[optax.Updates, ConflictState]:
     """The update of every transformation here: the loss gradient plus what is left."""
     layout, parts, state = regularizer_parts(options, loss, getters, state, params)
-    updates = layout.xs
-    for part in parts:
-        added = [
-            _add(x, *each)
-            for x, *each in zip(updates, part.leaves, part.scaled, part.is_whole)
-        ]
-        updates = [jnp.where(part.is_finite, new, x) for new, x in zip(added, updates)]
-    return layout.scatter(updates), state
-
-
-def _add(x: Array, part: Array, scaled: Array, is_whole: Array) -> Array:
-    """`x + scaled` bit by bit where nothing was resolved, else rounded only once."""
-    rounded = (_trees.as_float32(x) + part).astype(x.dtype)
-    return jnp.where(is_whole, x + scaled.astype(x.dtype), rounded)
+    return add_parts(layout, parts), state

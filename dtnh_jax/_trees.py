@@ -145,7 +145,7 @@ def layout(
     return Layout(loss, at, xs)
 
 
-def _or_zeros(leaf: Any, like: Array) -> Array:
+def _or_zeros(leaf: Any, like: Array | np.ndarray) -> Array:
     return jnp.asarray(leaf) if is_trainable(leaf) else jnp.zeros_like(like)
 
 
