@@ -240,3 +240,78 @@ def _figure(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained", dpi=150)
+
+
+def strength_sweep(
+    panels: Mapping[
+        str,
+        Mapping[str, Sequence[tuple[float, float, float | None, float | None]]],
+    ],
+) -> "Figure":
+    """How much a regularizer helps or hurts at every strength, rule by rule.
+
+    Args:
+      panels: by title, and in each panel by the name of a rule: points of strength
+        (above 0), mean difference of accuracies (from -1 to 1), and the ends of its
+        interval, which may be None.
+
+    Returns:
+      A figure with a small panel for each title. Both axes are logarithmic, that of
+      differences (in percentage points) but for five points on either side of 0.
+
+    Raises:
+      ValueError: without panels, or for a strength that is not above 0.
+    """
+    if not panels:
+        raise ValueError("`panels` must hold at least 1 panel, got 0.")
+    names = list(dict.fromkeys(name for rules_ in panels.values() for name in rules_))
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = _figure(0.6 + 2.7 * columns, 0.8 + 2.2 * rows)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axes in grid.ravel()[len(panels) :]:
+        axes.axis("off")
+    for axes, (title, by_rule) in zip(grid.ravel(), panels.items()):
+        axes.axhline(0, color=_GREY, linewidth=0.8)
+        for name, points in by_rule.items():
+            number = names.index(name)
+            ordered = sorted(points, key=lambda point: point[0])
+            if ordered and ordered[0][0] <= 0:
+                raise ValueError(
+                    f"`panels[{title!r}][{name!r}]` must have strengths above 0, got "
+                    f"{ordered[0][0]}."
+                )
+            # None becomes NaN, where nothing is drawn.
+            strengths, means, lows, highs = np.array(ordered, float).T
+            style = {
+                "color": COLOURS[number % len(COLOURS)],
+                "linestyle": _DASHES[number % len(_DASHES)],
+            }
+            axes.plot(strengths, 100 * means, **style, marker=".", label=name)
+            axes.fill_between(
+                strengths,
+                100 * lows,
+                100 * highs,
+                color=style["color"],
+                alpha=0.12,
+                linewidth=0,
+            )
+        axes.set_title(title, fontsize=9)
+        axes.set_xscale("log")
+        axes.set_yscale("symlog", linthresh=5)
+        axes.set_yticks([-50, -20, -5, 0, 5, 20], ["-50", "-20", "-5", "0", "5", "20"])
+        axes.set_yticks([], minor=True)
+        axes.grid(alpha=0.3)
+    found = {}
+    for axes in grid.ravel()[: len(panels)]:
+        handles, labels = axes.get_legend_handles_labels()
+        found |= dict(zip(labels, handles))
+    figure.legend(
+        [found[name] for name in names],
+        names,
+        loc="outside upper center",
+        ncols=2 * columns,
+    )
+    figure.supxlabel("strength / usual strength", fontsize=10)
+    figure.supylabel("accuracy gained (%)", fontsize=10)
+    return figure

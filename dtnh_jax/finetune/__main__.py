@@ -29,6 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
+    if argv and argv[0] == "matrix":
+        from dtnh_jax.matrix import command
+
+        return command.run(argv[1:])
     import tyro
 
     from dtnh_jax.finetune.config import Config, check

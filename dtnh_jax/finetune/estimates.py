@@ -30,6 +30,15 @@ class Question(NamedTuple):
     path: pathlib.Path  # of a file for what is measured so far
 
 
+def is_known(question: Question) -> bool:
+    """Whether an earlier call has measured it."""
+    return _kept(question).exists()
+
+
+def _kept(question: Question) -> pathlib.Path:
+    return question.path.with_suffix(".msgpack")
+
+
 def estimate(name: str, question: Question) -> Any:
     """Measures what a regularizer has to know, or reads what was measured before.
 
@@ -40,7 +49,7 @@ def estimate(name: str, question: Question) -> Any:
     Returns:
       A tree of NumPy arrays.
     """
-    kept = question.path.with_suffix(".msgpack")
+    kept = _kept(question)
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
         measured = jax.tree.map(np.asarray, ESTIMATES[name](question))
@@ -70,6 +79,7 @@ def _fisher(question: Question) -> Any:
         variables["params"],
         [{"image": question.examples.images}],
         key=jax.random.key(question.seed),
+        progress=False,
     )
     return {**fisher, "head": None}  # the new head has nowhere to go back to
 
@@ -100,7 +110,9 @@ def _channel_attention(question: Question) -> dict[str, Any]:
 
     batches = [{"image": examples.images, "label": examples.labels}]
     path = question.path.with_suffix(".jsonl")
-    return regularizers.channel_attention(loss, channels, batches, path=path)
+    return regularizers.channel_attention(
+        loss, channels, batches, path=path, progress=False
+    )
 
 
 def _relationship(question: Question) -> Array | np.ndarray:

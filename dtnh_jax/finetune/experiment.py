@@ -214,7 +214,7 @@ def _run_cell(
     display: progress.Display,
 ) -> dict[str, Any]:
     """Trains from the last checkpoint, or the start, and evaluates at the end."""
-    known = _known(experiment, folder, cell)
+    known = _known(experiment, folder, cell, display)
     state, seconds = _train_cell(experiment, folder, cell, known, display)
     started = time.monotonic()
     examples = evaluation_set()
@@ -233,7 +233,9 @@ def _run_cell(
     return result
 
 
-def _known(experiment: Experiment, folder: Folder, cell: Cell) -> loop.Known:
+def _known(
+    experiment: Experiment, folder: Folder, cell: Cell, display: progress.Display
+) -> loop.Known:
     """What the regularizer of a cell has to know; estimated once for a seed."""
     name = cell.method.regularizer
     asked = REGULARIZERS[name].estimate if name else None
@@ -247,6 +249,8 @@ def _known(experiment: Experiment, folder: Folder, cell: Cell) -> loop.Known:
         cell.seed,
         folder.prepared / f"{asked}-seed{cell.seed}",
     )
+    if not estimates.is_known(question):
+        display.say(f"{cell.name}: measuring the {asked.replace('_', ' ')} first")
     return loop.Known(experiment.variables, estimates.estimate(asked, question))
 
 
@@ -264,6 +268,7 @@ def _views(experiment: Experiment, folder: Folder, cell: Cell) -> grain.MapDatas
         lambda batch: see(experiment.variables, batch["image"]),
         teacher=experiment.variables,
         layers=loop.teacher_layers(experiment.source),
+        progress=False,  # there is a display already
     )
 
 

@@ -16,6 +16,9 @@ _SECONDS_BETWEEN_LINES = 30.0
 class Display(Protocol):
     """What the loop tells, and somebody shows."""
 
+    def say(self, text: str) -> None:
+        """Something else takes its time."""
+
     def begin(self, cell: str, step: int, steps: int) -> None:
         """A cell begins, or goes on, at a step."""
 
@@ -57,6 +60,9 @@ class _Bars:
         self._progress, self._overall, self._steps = progress, overall, steps
         self._cells_done, self._task = 0, None
 
+    def say(self, text: str) -> None:
+        self._progress.console.print(text, markup=False, highlight=False)
+
     def begin(self, cell: str, step: int, steps: int) -> None:
         self._task = self._progress.add_task(
             cell, total=steps, completed=step, note="compiling"
@@ -74,7 +80,7 @@ class _Bars:
         self._task = None
         self._cells_done += 1
         self._progress.update(self._overall, completed=self._cells_done * self._steps)
-        self._progress.console.print(summary, markup=False, highlight=False)
+        self.say(summary)
 
 
 class _Lines:
@@ -85,6 +91,9 @@ class _Lines:
 
     def _print(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        self._print(text)
 
     def begin(self, cell: str, step: int, steps: int) -> None:
         self._cell, self._steps = cell, steps

@@ -1,0 +1,119 @@
+"""The cells of the grid, and the learning rates that they are trained with."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dtnh_jax.matrix.config import TUNING_SEEDS, Config
+from dtnh_jax.matrix.rules import ALONE, LEARNING_RATES
+from dtnh_jax.matrix.sources import SOURCES
+from dtnh_jax.matrix.targets import TARGETS
+
+SCRATCH = "scratch"  # stands where a rule does
+Record = dict[str, Any]  # the fields of a cell, and what it came to
+
+
+class Cell(NamedTuple):
+    """One training. With the folder's configuration it decides the result."""
+
+    source: str
+    target: str
+    regularizer: str  # "none" without one
+    strength: float  # a multiple of the reference strength
+    rule: str
+    optimizer: str
+    seed: int
+    learning_rate: float
+
+    @classmethod
+    def of(cls, record: Record) -> "Cell":
+        """The cell that a record is of."""
+        return cls(*(record[field] for field in cls._fields))
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        what = self.rule
+        if self.regularizer != ALONE:
+            what = f"{self.regularizer} x{self.strength:g} {self.rule}"
+        return f"{self.source} > {self.target}, {what}, seed {self.seed}"
+
+
+Records = dict[Cell, Record]
+
+
+def pairs(config: Config) -> list[tuple[str, str]]:
+    """Sources with targets, but for those that have images in common."""
+    return [
+        (source, target)
+        for source in config.sources
+        for target in config.targets
+        if SOURCES[source].images != TARGETS[target].images
+    ]
+
+
+def tuning_cells(source: str, target: str, optimizer: str) -> list[Cell]:
+    """Plain fine-tunings that a learning rate is chosen by."""
+    return [
+        Cell(source, target, ALONE, 0.0, ALONE, optimizer, seed, rate)
+        for rate in LEARNING_RATES[optimizer]
+        for seed in range(TUNING_SEEDS)
+    ]
+
+
+def chosen_rate(
+    records: Mapping[Cell, Record], source: str, target: str, optimizer: str
+) -> float | None:
+    """The learning rate with the best validation accuracy, of equal ones the smallest.
+
+    None as long as not all of `tuning_cells` are done.
+    """
+    cells = tuning_cells(source, target, optimizer)
+    if not all(cell in records for cell in cells):
+        return None
+
+    def accuracy(rate: float) -> float:
+        ours = [cell for cell in cells if cell.learning_rate == rate]
+        return float(np.mean([records[cell]["validation"] for cell in ours]))
+
+    return max(sorted(LEARNING_RATES[optimizer]), key=accuracy)
+
+
+def grid_cells(
+    config: Config, source: str, target: str, optimizer: str, rate: float, seed: int
+) -> list[Cell]:
+    """All cells of a pair with one seed, plain fine-tuning first."""
+
+    def cell(regularizer: str, strength: float, rule: str) -> Cell:
+        return Cell(source, target, regularizer, strength, rule, optimizer, seed, rate)
+
+    plain = [cell(ALONE, 0.0, ALONE)]
+    if ALONE in config.rules:
+        plain.append(cell(ALONE, 0.0, SCRATCH))
+    return plain + [
+        cell(regularizer, float(strength), rule)
+        for regularizer in config.regularizers
+        for rule in config.rules
+        if rule != ALONE
+        for strength in config.strengths
+    ]
+
+
+def count(config: Config, records: Records) -> tuple[int, int]:
+    """How many cells a configuration has, and how many of them are done."""
+    total = done = 0
+    for source, target in pairs(config):
+        for optimizer in config.optimizers:
+            cells = tuning_cells(source, target, optimizer)
+            rate = chosen_rate(records, source, target, optimizer)
+            # Which rate it will be makes no difference to the number.
+            guess = LEARNING_RATES[optimizer][0] if rate is None else rate
+            for seed in range(config.seeds):
+                cells += grid_cells(config, source, target, optimizer, guess, seed)
+            distinct = set(cells)
+            total += len(distinct)
+            if rate is None:
+                distinct &= set(tuning_cells(source, target, optimizer))
+            done += len(distinct & records.keys())
+    return total, done

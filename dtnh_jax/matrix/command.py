@@ -1,0 +1,77 @@
+"""What `dtnh matrix` does."""
+
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs the command, or makes its report alone.
+
+    Args:
+      argv: the arguments after `dtnh matrix`.
+
+    Returns:
+      The exit status, as `dtnh_jax.finetune.__main__.main` says.
+    """
+    import tyro
+
+    from dtnh_jax.finetune.__main__ import _INTERRUPTED, _refuse
+    from dtnh_jax.matrix.config import Config, check
+
+    config = tyro.cli(Config, prog="dtnh matrix", args=list(argv))
+    try:
+        check(config)
+    except ValueError as error:
+        return _refuse(str(error))
+
+    # Here, so that `--help` and mistakes in arguments are answered at once.
+    from rich.console import Console
+
+    from dtnh_jax.finetune.interrupt import Interrupted
+    from dtnh_jax.matrix import records, report, study, summary
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120  # of a log, where nothing has to fit
+    path = config.run_dir.expanduser() / "cells.jsonl"
+    try:
+        prepared = None if config.report_only else _prepare(config, path, console)
+        done = records.read(path)
+    except ValueError as error:
+        return _refuse(str(error))
+    if prepared is not None:
+        try:
+            study.run(prepared, path, console)
+        except (Interrupted, KeyboardInterrupt) as error:
+            print(
+                f"Interrupted; what is done is in {path.parent}. "
+                "The same command goes on from there.",
+                file=sys.stderr,
+            )
+            return getattr(error, "exit_status", _INTERRUPTED)
+        done = records.read(path)
+    results = summary.summarize(done, config.split)
+    report.write(path.parent, results)
+    report.show(console, results, path.parent)
+    return 0
+
+
+def _prepare(config: Any, path: pathlib.Path, console: Any) -> Any:
+    """Reads the data, opens the folder, and pretrains the sources that are missing."""
+    from dtnh_jax.finetune.__main__ import _keep_compiled
+    from dtnh_jax.finetune.targets import default_data_dir
+    from dtnh_jax.matrix import records, study
+
+    data_dir = (config.data_dir or default_data_dir()).expanduser()
+    _keep_compiled(config)
+    prepared = study.prepare(config, data_dir)
+    records.open_folder(config)
+    for lines in (
+        study.introduction(prepared, path),
+        study.accuracies_of_sources(prepared),
+    ):
+        for line in lines:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return prepared

@@ -1,0 +1,108 @@
+"""What becomes of two gradients: one row for each way to put an optimizer together."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from dtnh_jax import GradientPair, never_hurt, resolve_conflicts, rules
+
+# (inner optimizer, strength) -> a transformation of a `GradientPair`. The optimizer's
+# learning rate is 1: what a row returns is multiplied by the learning rate at the end,
+# so a regularizer that is added beside the optimizer is too, as in AdamW. The strength
+# may be traced.
+Builder = Callable[
+    [optax.GradientTransformation, Float[Array, ""] | float],
+    optax.GradientTransformation,
+]
+ALONE = "none"  # the loss alone, without a regularizer
+
+
+def _in_front(rule: Any, **options: Any) -> Builder:
+    """Resolves before the optimizer, with options of `resolve_conflicts`."""
+
+    def build(optimizer, strength):
+        return optax.chain(resolve_conflicts(rule, strength, **options), optimizer)
+
+    return build
+
+
+def cautious(
+    optimizer: optax.GradientTransformation, strength: Float[Array, ""] | float
+) -> optax.GradientTransformation:
+    """Cautious weight decay: adds the regularizer where the optimizer's step agrees.
+
+    With `u` the optimizer's update, the update is `u - strength * r` in coordinates
+    where `u * r <= 0`, and `u` elsewhere.
+
+    Args:
+      optimizer: gets the loss gradient.
+      strength: factor of the regularizer's gradient.
+
+    Returns:
+      A transformation of a `GradientPair`.
+
+    Example:
+      >>> tx = cautious(optax.sgd(1.0), strength=0.5)
+      >>> g, r = jnp.array([1.0, 1.0]), jnp.array([2.0, -2.0])
+      >>> updates, _ = tx.update(GradientPair(g, r), tx.init(g))
+      >>> print(updates)
+      [-2. -1.]
+
+    References:
+      Chen et al., 2025, "Cautious weight decay", https://arxiv.org/abs/2510.12402
+
+    Differs from the paper in that `r` may be the gradient of any regularizer.
+    """
+    # The gate of steps instead of gradients: both of them turned round.
+    gate = resolve_conflicts(rules.gate, strength, scope="element")
+
+    def init(params):
+        return optimizer.init(params), gate.init(params)
+
+    def update(updates, state, params=None):
+        step, inner = optimizer.update(updates.loss, state[0], params)
+        back = jax.tree.map(jnp.negative, updates.regularizer)
+        step, seen = gate.update(GradientPair(step, back), state[1], params)
+        return step, (inner, seen)
+
+    return optax.GradientTransformation(init, update)
+
+
+# A candidate is one more row. Results are kept by the name of the row: one that means
+# something else from now on needs another name.
+RULES: dict[str, Builder] = {
+    ALONE: lambda optimizer, strength: optimizer,
+    "sum": _in_front(rules.weighted_sum),
+    "dtnh": _in_front(rules.dtnh),
+    # The decay is the default of the authors' code, `ema=0.1`.
+    "bloop": _in_front(rules.orthogonal, reference_decay=0.9),
+    "pcgrad": _in_front(rules.pcgrad),
+    # The test of selective projection decay, tensor by tensor, for any regularizer;
+    # how far that method goes back depends on how far a step went, which is not here.
+    "spd": _in_front(rules.gate, scope="leaf"),
+    "cautious": cautious,
+    "element": _in_front(
+        rules.dtnh, scope="element", reference_decay=0.9, trust_ratio=1.0
+    ),
+    "gate-element": _in_front(
+        [(rules.gate, "leaf"), (rules.dtnh, "element")],
+        reference_decay=0.9,
+        trust_ratio=1.0,
+    ),
+    "never-hurt": lambda optimizer, strength: optax.chain(
+        never_hurt(strength), optimizer
+    ),
+}
+OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "sgd": lambda: optax.sgd(1.0, momentum=0.9, nesterov=True),
+    "adam": lambda: optax.adam(1.0),
+}
+# What the learning rate of plain fine-tuning is chosen from, by optimizer.
+LEARNING_RATES: dict[str, tuple[float, ...]] = {
+    "sgd": (0.01, 0.03, 0.1, 0.3),
+    "adam": (0.0003, 0.001, 0.003, 0.01),
+}
