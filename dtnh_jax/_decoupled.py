@@ -14,7 +14,7 @@ from dtnh_jax._part import Scope
 from dtnh_jax._protect import (
     ConflictState,
     checked_regularizers,
-    gradients_of,
+    given_gradients,
     init_state,
     regularizer_parts,
 )
@@ -130,12 +130,9 @@ def decoupled(
         return DecoupledState(init_state(options, params), optimizer.init(params), own)
 
     def update(updates, state, params=None, *, regularizer_grads=None, **extra_args):
-        if regularizers is None:
-            loss, given = _trees.split_pair(updates, regularizer_grads)
-            grads = options.by_name(given, "regularizer_grads")
-            getters = {name: lambda r=r: r for name, r in grads.items()}
-        else:
-            loss, getters = updates, gradients_of(regularizers, params)
+        loss, getters = given_gradients(
+            options, regularizers, updates, regularizer_grads, params
+        )
         own_states = state.regularizer_optimizer
         if of_regularizer is not None:
             stepped = {

@@ -16,7 +16,7 @@ from dtnh_jax._protect import (
     Groups,
     add_parts,
     checked_regularizers,
-    gradients_of,
+    given_gradients,
     layout_of,
     resolve_each,
     rows_of,
@@ -122,12 +122,9 @@ def never_hurt(
 
     def update(updates, state, params=None, *, regularizer_grads=None, **extra_args):
         del extra_args
-        if pulls is None:
-            loss, given = _trees.split_pair(updates, regularizer_grads)
-            grads = options.by_name(given, "regularizer_grads")
-            getters = {name: lambda r=r: r for name, r in grads.items()}
-        else:
-            loss, getters = updates, gradients_of(pulls, params)
+        loss, getters = given_gradients(
+            options, pulls, updates, regularizer_grads, params
+        )
         layout = layout_of(options, loss, getters, params)
         groups = Groups(np.eye(len(layout.xs), dtype=bool), rows_of(layout, None))
         moments: list[_Moments] | None = None

@@ -58,10 +58,33 @@ def checked_regularizers(
     return regularizers
 
 
-def gradients_of(
-    regularizers: Mapping[str, WeightRegularizer], params: optax.Params | None
-) -> dict[str, Callable[[], optax.Updates]]:
-    """Returns what `regularizer_parts` takes: functions that return gradients."""
+Getters = dict[str, Callable[[], optax.Updates]]  # of gradients, by regularizer
+
+
+def given_gradients(
+    options: Options,
+    regularizers: Mapping[str, WeightRegularizer] | None,
+    updates: optax.Updates,
+    regularizer_grads: Any,
+    params: optax.Params | None,
+) -> tuple[optax.Updates, Getters]:
+    """Sorts what `update` is given into the loss gradient and the regularizers'.
+
+    Args:
+      options: of the transformation.
+      regularizers: of the weights, whose gradients are worked out from the parameters;
+        None where gradients come as a pair.
+      updates: gradient of the loss, or a pair.
+      regularizer_grads: of the regularizers, where `updates` is no pair.
+      params: the parameters.
+
+    Returns:
+      The loss gradient, and functions that return the others.
+    """
+    if regularizers is None:
+        loss, given = _trees.split_pair(updates, regularizer_grads)
+        grads = options.by_name(given, "regularizer_grads")
+        return loss, {name: lambda r=r: r for name, r in grads.items()}
     if params is None:
         raise ValueError(
             "`params` must be given to `update`, because the regularizer's gradient is "
@@ -71,7 +94,7 @@ def gradients_of(
     def getter(each: WeightRegularizer, at: optax.Params = params):
         return lambda: each.gradient(at)
 
-    return {name: getter(each) for name, each in regularizers.items()}
+    return updates, {name: getter(each) for name, each in regularizers.items()}
 
 
 class Groups(NamedTuple):

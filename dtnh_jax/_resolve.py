@@ -4,14 +4,14 @@ from collections.abc import Callable, Mapping
 
 import optax
 
-from dtnh_jax import _trees, rules
+from dtnh_jax import rules
 from dtnh_jax._options import Mask, Number, Options, Stages, Strength
 from dtnh_jax._part import Scope
 from dtnh_jax._protect import (
     ConflictState,
     add_parts,
     checked_regularizers,
-    gradients_of,
+    given_gradients,
     init_state,
     regularizer_parts,
 )
@@ -142,10 +142,10 @@ def resolve_conflicts(
 
     def update(updates, state, params=None, *, regularizer_grads=None, **extra_args):
         del extra_args
-        pair = _trees.split_pair(updates, regularizer_grads)
-        getters = options.by_name(pair.regularizer, "regularizer_grads")
-        getters = {name: lambda r=r: r for name, r in getters.items()}
-        return _add_parts(options, pair.loss, getters, state, params)
+        loss, getters = given_gradients(
+            options, None, updates, regularizer_grads, params
+        )
+        return _add_parts(options, loss, getters, state, params)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -208,8 +208,8 @@ def add_regularizer(
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
-        getters = gradients_of(regularizers, params)
-        return _add_parts(options, updates, getters, state, params)
+        loss, getters = given_gradients(options, regularizers, updates, None, params)
+        return _add_parts(options, loss, getters, state, params)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -110,7 +110,7 @@ def test_an_interrupted_run_goes_on_to_bitwise_the_same_results(data_dir, tmp_pa
 @pytest.fixture
 def nothing_kept(monkeypatch):
     """Leaves jax's configuration as it is: this process runs other tests too."""
-    monkeypatch.setattr("dtnh_jax.finetune.__main__._keep_compiled", lambda _: None)
+    monkeypatch.setattr("dtnh_jax.finetune.shell.keep_compiled", lambda _: None)
 
 
 def test_the_real_network_and_photographs(capsys, data_dir, tmp_path, nothing_kept):

@@ -242,7 +242,7 @@ def test_another_rule_adds_to_the_same_folder(tiny, finished, tmp_path):
 @pytest.fixture
 def nothing_kept(monkeypatch):
     """Leaves jax's configuration as it is: this process runs other tests too."""
-    monkeypatch.setattr("dtnh_jax.finetune.__main__._keep_compiled", lambda _: None)
+    monkeypatch.setattr("dtnh_jax.finetune.shell.keep_compiled", lambda _: None)
 
 
 def test_the_command(capsys, finished, data_dir, tmp_path, nothing_kept):

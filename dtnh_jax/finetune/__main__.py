@@ -1,10 +1,9 @@
 """The command `dtnh`, also `python -m dtnh_jax.finetune`."""
 
-import os
 import sys
 from collections.abc import Sequence
 
-_MISTAKE, _INTERRUPTED = 2, 130
+from dtnh_jax.finetune import shell
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,12 +19,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(sys.argv[1:] if argv is None else argv)
     except ModuleNotFoundError as error:
-        return _refuse(
-            f"the package {error.name} is missing: pip install 'dtnh-jax[finetune]'"
+        return shell.refuse(
+            f"the package {error.name} is missing: pip install 'dtnh-jax[matrix]'"
         )
     except KeyboardInterrupt:
         print("Interrupted, before any training.", file=sys.stderr)
-        return _INTERRUPTED
+        return shell.INTERRUPTED
 
 
 def _run(argv: Sequence[str]) -> int:
@@ -41,7 +40,7 @@ def _run(argv: Sequence[str]) -> int:
     try:
         check(config)
     except ValueError as error:
-        return _refuse(str(error))
+        return shell.refuse(str(error))
     return _finetune(config)
 
 
@@ -59,11 +58,11 @@ def _finetune(config) -> int:
         console.width = 120  # of a log, where nothing has to fit
     try:
         check_folder(config)
-        _keep_compiled(config)
+        shell.keep_compiled(config)
         prepared = experiment.prepare(config)
         folder = open_folder(config, results.machine())
     except ValueError as error:
-        return _refuse(str(error))
+        return shell.refuse(str(error))
     for line in report.introduction(prepared, folder):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     try:
@@ -76,30 +75,9 @@ def _finetune(config) -> int:
         report.write(prepared, folder, outcome)
         folder.clear()
     except (Interrupted, KeyboardInterrupt) as error:
-        print(
-            f"Interrupted; what is done is in {folder.path}. "
-            "The same command goes on from there.",
-            file=sys.stderr,
-        )
-        return getattr(error, "exit_status", _INTERRUPTED)
+        return shell.interrupted(error, folder.path)
     report.show(console, outcome, folder.path)
     return 0
-
-
-def _keep_compiled(config) -> None:
-    """Keeps compiled steps with the data, for the next run or the rest of this one."""
-    import jax
-
-    from dtnh_jax.finetune.targets import default_data_dir
-
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # which jax reads by itself
-        directory = (config.data_dir or default_data_dir()).expanduser() / "compiled"
-        jax.config.update("jax_compilation_cache_dir", str(directory))
-
-
-def _refuse(message: str) -> int:
-    print(f"dtnh: {' '.join(message.split())}", file=sys.stderr)
-    return _MISTAKE
 
 
 if __name__ == "__main__":

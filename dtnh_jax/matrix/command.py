@@ -1,7 +1,6 @@
 """What `dtnh matrix` does."""
 
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,14 +16,14 @@ def run(argv: Sequence[str]) -> int:
     """
     import tyro
 
-    from dtnh_jax.finetune.__main__ import _INTERRUPTED, _refuse
+    from dtnh_jax.finetune import shell
     from dtnh_jax.matrix.config import Config, check
 
     config = tyro.cli(Config, prog="dtnh matrix", args=list(argv))
     try:
         check(config)
     except ValueError as error:
-        return _refuse(str(error))
+        return shell.refuse(str(error))
 
     # Here, so that `--help` and mistakes in arguments are answered at once.
     from rich.console import Console
@@ -40,17 +39,12 @@ def run(argv: Sequence[str]) -> int:
         prepared = None if config.report_only else _prepare(config, path, console)
         done = records.read(path)
     except ValueError as error:
-        return _refuse(str(error))
+        return shell.refuse(str(error))
     if prepared is not None:
         try:
             study.run(prepared, path, console)
         except (Interrupted, KeyboardInterrupt) as error:
-            print(
-                f"Interrupted; what is done is in {path.parent}. "
-                "The same command goes on from there.",
-                file=sys.stderr,
-            )
-            return getattr(error, "exit_status", _INTERRUPTED)
+            return shell.interrupted(error, path.parent)
         done = records.read(path)
     results = summary.summarize(done, config.split)
     report.write(path.parent, results)
@@ -60,12 +54,12 @@ def run(argv: Sequence[str]) -> int:
 
 def _prepare(config: Any, path: pathlib.Path, console: Any) -> Any:
     """Reads the data, opens the folder, and pretrains the sources that are missing."""
-    from dtnh_jax.finetune.__main__ import _keep_compiled
+    from dtnh_jax.finetune import shell
     from dtnh_jax.finetune.targets import default_data_dir
     from dtnh_jax.matrix import records, study
 
     data_dir = (config.data_dir or default_data_dir()).expanduser()
-    _keep_compiled(config)
+    shell.keep_compiled(config)
     prepared = study.prepare(config, data_dir)
     records.open_folder(config)
     for lines in (
