@@ -88,7 +88,7 @@ def _of_logits(distance: Callable[..., Array], **options: Any) -> Regularizer:
 # A new regularizer, or a new rule, is a row here.
 REGULARIZERS = {
     "l2": Regularizer(
-        strength=0.001,
+        strength=0.0001,
         grid=(0.0001, 0.001, 0.01),
         of_weights=lambda params, _: regularizers.l2(),
     ),
@@ -98,7 +98,7 @@ REGULARIZERS = {
         of_weights=_towards_source(regularizers.l2_sp),
     ),
     "l1_sp": Regularizer(
-        strength=1e-3,
+        strength=1e-4,
         grid=(1e-4, 1e-3, 1e-2),
         of_weights=_towards_source(regularizers.l1_sp),
     ),
@@ -111,7 +111,7 @@ REGULARIZERS = {
         estimate="fisher",
     ),
     "lora_decay": Regularizer(
-        strength=1.0,
+        strength=0.1,
         grid=(0.1, 1.0, 10.0),
         of_weights=lambda params, _: regularizers.lora_decay(),
         has_adapters=True,
@@ -123,7 +123,7 @@ REGULARIZERS = {
         regularizers.attention_transfer, strength=1.0, grid=(1.0, 10.0, 100.0)
     ),
     "delta": Regularizer(
-        strength=0.1,
+        strength=1.0,
         grid=(0.01, 0.1, 1.0),
         of_batch=lambda seen, attention: regularizers.delta(
             seen.maps, seen.teacher_maps, attention
@@ -132,11 +132,11 @@ REGULARIZERS = {
         estimate="channel_attention",
     ),
     "relational": _of_maps(
-        regularizers.relational, strength=1.0, grid=(0.1, 1.0, 10.0)
+        regularizers.relational, strength=10.0, grid=(0.1, 1.0, 10.0)
     ),
-    "cka": _of_maps(regularizers.cka, strength=0.1, grid=(0.1, 1.0, 10.0)),
+    "cka": _of_maps(regularizers.cka, strength=10.0, grid=(0.1, 1.0, 10.0)),
     "logit_distillation": _of_logits(
-        regularizers.logit_distillation, strength=0.1, grid=(0.01, 0.1, 1.0)
+        regularizers.logit_distillation, strength=0.01, grid=(0.01, 0.1, 1.0)
     ),
     "lwf": _of_logits(regularizers.lwf, strength=1.0, grid=(0.1, 1.0, 10.0)),
     "co_tuning": Regularizer(
@@ -149,7 +149,7 @@ REGULARIZERS = {
         keeps_source_head=True,
     ),
     "batch_spectral_shrinkage": Regularizer(
-        strength=0.001,
+        strength=0.0001,
         grid=(0.0001, 0.001, 0.01),
         of_batch=lambda seen, _: regularizers.batch_spectral_shrinkage(seen.pooled),
     ),
