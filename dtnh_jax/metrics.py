@@ -65,8 +65,9 @@ def measured(
     joined = _scopes.merge(leaves, member)
     kept, _ = _scopes.hypot(jnp.where(member, part.norm[None, :], 0))
     weights = member * np.array(sizes, np.float32)[None, :]
-    weights = weights / np.maximum(weights.sum(axis=1, keepdims=True), 1)
+    # Divided at the end, so that a share of all is exactly 1.
     conflict = jnp.sum(weights * part.conflict[None, :], axis=1)
+    conflict = conflict / np.maximum(weights.sum(axis=1), 1)
     regularizer_norm = strength * joined.y_norm
     removed = 1 - kept * _scopes.reciprocal(regularizer_norm)
     removed = jnp.where(regularizer_norm > 0, jnp.clip(removed, 0, 1), 0)

@@ -2,13 +2,14 @@
 
 import itertools
 import json
-import subprocess
-import sys
 import time
 
 import pytest
+import tiny_network
 
 from dtnh_jax.benchmarks import timing
+from dtnh_jax.benchmarks.__main__ import main
+from dtnh_jax.finetune.sources import SOURCES
 
 
 def test_ratios_are_within_rounds_and_warm_up_does_not_count(monkeypatch):
@@ -30,23 +31,25 @@ def test_ratios_are_within_rounds_and_warm_up_does_not_count(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--methods", "l3"], "`--methods` must be one of scratch, "),
-        (["--methods", "l2"], "`--methods` must have fine-tuning, got none"),
-        (["--rounds", "0"], "`--rounds` must be at least 1"),
+        ("--methods l3", "`--methods` must be one of scratch, "),
+        ("--methods l2", "`--methods` must have fine-tuning, got none"),
+        ("--rounds 0", "`--rounds` must be at least 1, got 0"),
+        ("--source resnet", "`--source` must be one of efficientnet-lite0, got"),
     ],
 )
-def test_the_command_names_what_is_wrong(options, message):
-    command = [sys.executable, "-m", "dtnh_jax.benchmarks", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert message in done.stderr
+def test_the_command_names_what_is_wrong(options, message, capsys):
+    assert main(options.split()) == 2
+    assert message in capsys.readouterr().err
 
 
-def test_the_command_writes_a_ratio_for_every_method(tmp_path):
+def test_the_command_writes_a_ratio_for_every_method(tmp_path, monkeypatch):
+    monkeypatch.setitem(SOURCES, "tiny", tiny_network.TINY)
     path = tmp_path / "times.json"
-    options = "--batch-size 2 --image-size 32 --rounds 2 --methods lora lora_decay+dtnh"
-    command = [sys.executable, "-m", "dtnh_jax.benchmarks", *options.split()]
-    subprocess.run([*command, "--output", str(path)], check=True)
+    methods = "fine-tuning l2_sp_fisher+dtnh lora_decay+dtnh lora"
+    options = "--source tiny --batch-size 2 --image-size 16 --rounds 2"
+    command = f"{options} --methods {methods} --output {path}"
+    assert main(command.split()) == 0
     times = json.loads(path.read_text())["times"]
-    assert times["lora"]["ratio"] == 1
+    assert sorted(times) == sorted(methods.split())
+    assert times["lora"]["ratio"] == times["fine-tuning"]["ratio"] == 1
     assert times["lora_decay+dtnh"]["median"] > 0

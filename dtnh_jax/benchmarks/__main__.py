@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import sys
+from collections.abc import Sequence
 
 import tyro
 from rich.console import Console
@@ -37,18 +38,28 @@ class Config:
     methods: tuple[str, ...] = (*_METHODS, *_ADAPTED)
     """Methods of the fine-tuning command. Each is compared with its own baseline,
     `fine-tuning` or `lora`, which has to be among them."""
+    source: str = "efficientnet-lite0"
+    """Pretrained network of the fine-tuning command."""
     output: pathlib.Path | None = None
     """File for the times, as JSON."""
 
 
-def main() -> int:
-    """Runs what the command line asks for."""
-    config = tyro.cli(Config, prog="python -m dtnh_jax.benchmarks")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs what the command line asks for.
+
+    Args:
+      argv: the arguments, without the program's name; those of the process by default.
+
+    Returns:
+      The exit status: 0, or 2 for arguments that can not be used.
+    """
+    config = tyro.cli(Config, prog="python -m dtnh_jax.benchmarks", args=argv)
     from dtnh_jax.benchmarks.regularizers import measure
     from dtnh_jax.finetune.config import one_of
     from dtnh_jax.finetune.folder import write_json
     from dtnh_jax.finetune.methods import METHODS
     from dtnh_jax.finetune.results import machine
+    from dtnh_jax.finetune.sources import SOURCES
 
     groups: dict[str, list[str]] = {}
     try:
@@ -59,9 +70,13 @@ def main() -> int:
             if baseline not in names:
                 raise ValueError(f"`--methods` must have {baseline}, got none.")
             names.sort(key=lambda name, first=baseline: name != first)
+        one_of("source", config.source, SOURCES)
         for name in ("batch_size", "image_size", "rounds"):
             if getattr(config, name) < 1:
-                raise ValueError(f"`--{name}` must be at least 1.")
+                raise ValueError(
+                    f"`--{name.replace('_', '-')}` must be at least 1, got "
+                    f"{getattr(config, name)}."
+                )
     except ValueError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
@@ -76,8 +91,9 @@ def main() -> int:
                 batch_size=config.batch_size,
                 image_size=config.image_size,
                 rounds=config.rounds,
+                source_name=config.source,
             )
-    table = Table(title="A training step of EfficientNet-Lite0")
+    table = Table(title=f"A training step of {config.source}")
     for heading in ("method", "ms", "against", "ratio", "middle half"):
         table.add_column(heading)
     for name, each in times.items():

@@ -81,7 +81,7 @@ def measure(
     batch_size: int,
     image_size: int,
     rounds: int,
-    source_name: str = "efficientnet-lite0",
+    source_name: str,
 ) -> dict[str, Times]:
     """Times of a step of each method, those of one round next to each other."""
     return interleaved(steps_of(names, batch_size, image_size, source_name), rounds)
