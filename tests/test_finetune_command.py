@@ -164,7 +164,7 @@ def refused(capsys, *arguments):
     [
         ("--source resnet", "`--source` must be one of efficientnet-lite0, got 'resn"),
         ("--target mnist", "`--target` must be one of elpv, got 'mnist'"),
-        ("--methods l2_sp+ntk", "`--methods` must be one of scratch, fine-tuning, lora"),
+        ("--methods l2_sp+ntk", "`--methods` must be one of scratch, fine-tuning"),
         ("--methods l2_sp l2_sp", "`--methods` must name each method once"),
         ("--methods", "`--methods` must name at least one method"),
         ("--strength l3=1", "`--strength` must be one of l2, l2_sp, l1_sp, "),
