@@ -100,7 +100,9 @@ def never_hurt(
       The direction to protect: Hsieh et al., 2024, "Bloop",
       https://arxiv.org/abs/2402.02998. Confidence and bounds are this library's.
     """
+    # `None`, which elsewhere means to do without, has no meaning here.
     check_number("reference_decay", reference_decay, below=1.0)
+    check_number("trust_ratio", trust_ratio)
     options = Options.checked(
         [(rules.gate, "leaf")], strength, "global", reference_decay, trust_ratio, mask
     )
