@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dtnh_jax.matrix import photographs
 from dtnh_jax.matrix.config import TUNING_SEEDS, Config
 from dtnh_jax.matrix.rules import ALONE, LEARNING_RATES
 from dtnh_jax.matrix.sources import SOURCES
@@ -44,21 +45,36 @@ Records = dict[Cell, Record]
 
 
 def pairs(config: Config) -> list[tuple[str, str]]:
-    """Sources with targets, but for those that have images in common."""
+    """Sources with targets of their kind that have no images in common."""
+
+    def fits(source: str, target: str) -> bool:
+        if source in SOURCES and target in TARGETS:
+            return SOURCES[source].images != TARGETS[target].images
+        return source in photographs.SOURCES and target in photographs.TARGETS
+
     return [
         (source, target)
         for source in config.sources
         for target in config.targets
-        if SOURCES[source].images != TARGETS[target].images
+        if fits(source, target)
     ]
+
+
+def learning_rates(target: str, optimizer: str) -> tuple[float, ...]:
+    """What the learning rate of plain fine-tuning is chosen from."""
+    if target in photographs.TARGETS:
+        return photographs.learning_rates(optimizer)
+    return LEARNING_RATES[optimizer]
 
 
 def tuning_cells(source: str, target: str, optimizer: str) -> list[Cell]:
     """Plain fine-tunings that a learning rate is chosen by."""
+    is_small = target not in photographs.TARGETS
+    seeds = TUNING_SEEDS if is_small else photographs.TUNING_SEEDS
     return [
         Cell(source, target, ALONE, 0.0, ALONE, optimizer, seed, rate)
-        for rate in LEARNING_RATES[optimizer]
-        for seed in range(TUNING_SEEDS)
+        for rate in learning_rates(target, optimizer)
+        for seed in range(seeds)
     ]
 
 
@@ -77,7 +93,7 @@ def chosen_rate(
         ours = [cell for cell in cells if cell.learning_rate == rate]
         return float(np.mean([records[cell]["validation"] for cell in ours]))
 
-    return max(sorted(LEARNING_RATES[optimizer]), key=accuracy)
+    return max(sorted(learning_rates(target, optimizer)), key=accuracy)
 
 
 def grid_cells(
@@ -102,18 +118,25 @@ def grid_cells(
 
 def count(config: Config, records: Records) -> tuple[int, int]:
     """How many cells a configuration has, and how many of them are done."""
-    total = done = 0
+    counts = count_by_target(config, records).values()
+    return sum(total for total, _ in counts), sum(done for _, done in counts)
+
+
+def count_by_target(config: Config, records: Records) -> dict[str, tuple[int, int]]:
+    """How many cells each target has, and how many of them are done."""
+    found: dict[str, tuple[int, int]] = {}
     for source, target in pairs(config):
         for optimizer in config.optimizers:
             cells = tuning_cells(source, target, optimizer)
             rate = chosen_rate(records, source, target, optimizer)
             # Which rate it will be makes no difference to the number.
-            guess = LEARNING_RATES[optimizer][0] if rate is None else rate
+            guess = learning_rates(target, optimizer)[0] if rate is None else rate
             for seed in range(config.seeds):
                 cells += grid_cells(config, source, target, optimizer, guess, seed)
             distinct = set(cells)
+            total, done = found.get(target, (0, 0))
             total += len(distinct)
             if rate is None:
                 distinct &= set(tuning_cells(source, target, optimizer))
-            done += len(distinct & records.keys())
-    return total, done
+            found[target] = total, done + len(distinct & records.keys())
+    return found

@@ -29,26 +29,28 @@ def run(argv: Sequence[str]) -> int:
     from rich.console import Console
 
     from dtnh_jax.finetune.interrupt import Interrupted
-    from dtnh_jax.matrix import records, report, study, summary
+    from dtnh_jax.matrix import harm, report, results, study
 
     console = Console()
     if not console.is_terminal:
         console.width = 120  # of a log, where nothing has to fit
-    path = config.run_dir.expanduser() / "cells.jsonl"
+    folder = config.run_dir.expanduser()
+    path = folder / "cells.jsonl"
     try:
         prepared = None if config.report_only else _prepare(config, path, console)
-        done = records.read(path)
+        found = results.gather(folder, config.split)
     except ValueError as error:
         return shell.refuse(str(error))
     if prepared is not None:
         try:
             study.run(prepared, path, console)
+            if config.harm:
+                harm.run(prepared, folder, console)
         except (Interrupted, KeyboardInterrupt) as error:
-            return shell.interrupted(error, path.parent)
-        done = records.read(path)
-    results = summary.summarize(done, config.split)
-    report.write(path.parent, results)
-    report.show(console, results, path.parent)
+            return shell.interrupted(error, folder)
+        found = results.gather(folder, config.split)
+    report.write(folder, found)
+    report.show(console, found, folder)
     return 0
 
 

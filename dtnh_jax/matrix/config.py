@@ -10,8 +10,26 @@ TUNING_SEEDS = 2
 
 
 @dataclasses.dataclass(frozen=True)
+class Photographs:
+    """How a large pretrained network is fine-tuned on photographs."""
+
+    steps: int = 36
+    """Training steps of each cell."""
+    batch_size: int = 64
+    """Images in a training step."""
+    image_size: int = 64
+    """Height and width that photographs are resized to, in pixels."""
+    train_per_class: int = 100
+    """Training images of each class; every seed draws others."""
+    validation_per_class: int = 100
+    """Validation images of each class; the same for all seeds."""
+    test_per_class: int = 300
+    """Test images of each class; the same for all seeds."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
-    """Measures whether regularizers hurt: many small fine-tunings of small networks.
+    """Measures whether regularizers hurt: many small fine-tunings.
 
     Every cell of the grid is trained, validated and tested once, and written to the run
     folder. The learning rate of each source and target is chosen on validation images
@@ -21,18 +39,20 @@ class Config:
     """
 
     sources: tuple[str, ...] = ("fashion", "mnist", "shuffled", "absurd")
-    """Networks to start from."""
+    """Networks to start from; also imagenet (EfficientNet-Lite0), for elpv."""
     targets: tuple[str, ...] = ("digits-5", "digits-20", "fashion-20", "mnist-5")
-    """Tasks to fine-tune on, named for their training images of each class."""
+    """Tasks to fine-tune on, named for their training images of each class; also elpv
+    (photographs of solar cells), for imagenet."""
     regularizers: tuple[str, ...] = ("l2_sp", "feature_map")
-    """What pulls back to the source."""
+    """What pulls back to the source; also l1_sp, attention_transfer and
+    logit_distillation."""
     strengths: tuple[float, ...] = (1e-4, 1e-2, 1.0, 1e2)
     """Multiples of each regularizer's usual strength."""
     rules: tuple[str, ...] = ("none", "sum", "dtnh", "element", "gate-element")
     """What becomes of conflicts. Plain fine-tuning, to which all is compared, always
     runs; `none` adds training from scratch."""
     optimizers: tuple[str, ...] = ("sgd",)
-    """sgd (Nesterov momentum 0.9) or adam."""
+    """sgd (Nesterov momentum 0.9) or adamw."""
     seeds: int = 5
     """Repetitions, with other training images, head and order each."""
     steps: int = 150
@@ -47,8 +67,11 @@ class Config:
     """Validation images of each class; the same for all seeds."""
     test_per_class: int = 100
     """Test images of each class; the same for all seeds."""
+    photographs: Photographs = Photographs()
     split: Literal["validation", "test"] = "test"
     """Which accuracy the report is about: choose recipes by validation."""
+    harm: bool = False
+    """Afterwards train the same cells again, and look at what each step does."""
     report_only: bool = False
     """Make the report from the cells that are done, and train nothing."""
     run_dir: pathlib.Path = pathlib.Path("runs", "matrix")
@@ -59,8 +82,9 @@ class Config:
 
 def identity(config: Config) -> dict[str, Any]:
     """What all cells of a folder share, by option; ready for JSON."""
+    from dtnh_jax.matrix import photographs
+    from dtnh_jax.matrix.regularizers import REGULARIZERS
     from dtnh_jax.matrix.rules import LEARNING_RATES
-    from dtnh_jax.matrix.training import REGULARIZERS
 
     names = (
         "steps",
@@ -72,25 +96,39 @@ def identity(config: Config) -> dict[str, Any]:
     )
     options = {_flag(name): getattr(config, name) for name in names}
     options[_flag("widths")] = list(config.widths)
+    for name, value in dataclasses.asdict(config.photographs).items():
+        options[_flag(f"photographs.{name}")] = value
     for name, rates in LEARNING_RATES.items():
         options[f"learning rates of {name}"] = list(rates)
+        rates = photographs.learning_rates(name)
+        options[f"learning rates of {name} on photographs"] = list(rates)
     for name, regularizer in REGULARIZERS.items():
-        options[f"reference strength of {name}"] = regularizer.reference
+        key = f"reference strength of {name}"
+        options[key] = regularizer.reference
+        options[f"{key} on photographs"] = regularizer.on_photographs
     return options
 
 
 def check(config: Config) -> None:
     """Raises ValueError, in one line, for options that can not be meant."""
+    from dtnh_jax.matrix import cells, photographs
+    from dtnh_jax.matrix.regularizers import REGULARIZERS
     from dtnh_jax.matrix.rules import OPTIMIZERS, RULES
     from dtnh_jax.matrix.sources import SOURCES
     from dtnh_jax.matrix.targets import TARGETS
-    from dtnh_jax.matrix.training import REGULARIZERS
 
-    _subset("sources", config.sources, SOURCES)
-    _subset("targets", config.targets, TARGETS)
+    _subset("sources", config.sources, [*SOURCES, *photographs.SOURCES])
+    _subset("targets", config.targets, [*TARGETS, *photographs.TARGETS])
     _subset("regularizers", config.regularizers, REGULARIZERS)
     _subset("rules", config.rules, RULES)
     _subset("optimizers", config.optimizers, OPTIMIZERS)
+    if not cells.pairs(config):
+        raise ValueError(
+            "`--sources` and `--targets` must have a pair that fits, got "
+            f"{' '.join(config.sources)} and {' '.join(config.targets)}: "
+            f"{', '.join(photographs.SOURCES)} is for {', '.join(photographs.TARGETS)} "
+            "alone, and no source is for images that it has seen."
+        )
     for strength in config.strengths:
         if not (math.isfinite(strength) and strength > 0):
             raise ValueError(
@@ -101,11 +139,15 @@ def check(config: Config) -> None:
         got = " ".join(map(str, config.widths))
         raise ValueError(f"`--widths` must be 3 numbers of at least 1, got {got}.")
     whole = ("seeds", "steps", "batch_size", "source_steps")
-    for name in (*whole, "validation_per_class", "test_per_class"):
-        if getattr(config, name) < 1:
-            raise ValueError(
-                f"`{_flag(name)}` must be at least 1, got {getattr(config, name)}."
-            )
+    counts = {
+        name: getattr(config, name)
+        for name in (*whole, "validation_per_class", "test_per_class")
+    }
+    for name, value in dataclasses.asdict(config.photographs).items():
+        counts[f"photographs.{name}"] = value
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"`{_flag(name)}` must be at least 1, got {value}.")
 
 
 def _subset(name: str, values: tuple[str, ...], known: Iterable[str]) -> None:

@@ -1,6 +1,6 @@
 """What a network makes of images in evaluation mode, a batch at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,6 @@ from jaxtyping import Array
 from scipy import special
 
 from dtnh_jax.linen import capture_features
-from dtnh_jax.matrix.networks import FEATURE_LAYERS
 from dtnh_jax.matrix.training import Variables
 
 _BATCH = 100
@@ -19,15 +18,18 @@ _BATCH = 100
 class Network(NamedTuple):
     """Compiled functions of a network in evaluation mode."""
 
-    # (variables, images [b, s, s, 1]) -> logits [b, classes], maps by layer [b, ...].
+    # (variables, images [b, s, s, c]) -> logits [b, classes], maps by layer [b, ...].
     look: Callable[[Variables, Any], tuple[Array, dict[str, Array]]]
 
-    def maps(self, variables: Variables, inputs: Any) -> dict[str, np.ndarray]:
-        """The feature maps of all images, by layer."""
-        found = [jax.device_get(self.look(variables, x)[1]) for x in _batches(inputs)]
+    def outputs(self, variables: Variables, inputs: Any) -> dict[str, np.ndarray]:
+        """The feature maps of all images by layer, and as `head` their logits."""
+        found = [
+            jax.device_get({**maps, "head": logits})
+            for logits, maps in (self.look(variables, x) for x in _batches(inputs))
+        ]
         return {
             layer: np.concatenate([maps[layer] for maps in found])[: len(inputs)]
-            for layer in FEATURE_LAYERS
+            for layer in found[0]
         }
 
     def evaluate(
@@ -43,9 +45,14 @@ class Network(NamedTuple):
         return float(accuracy), float(loss)
 
 
-def evaluator(network: nn.Module) -> Network:
-    """Returns the functions of a network, which are compiled once."""
-    apply = capture_features(network, FEATURE_LAYERS)
+def evaluator(network: nn.Module, layers: Sequence[str]) -> Network:
+    """Returns the functions of a network, which are compiled once.
+
+    Args:
+      network: returns logits.
+      layers: those whose maps are wanted, by path.
+    """
+    apply = capture_features(network, layers)
     return Network(jax.jit(lambda *given: apply(*given, train=False)))
 
 

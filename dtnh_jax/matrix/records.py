@@ -6,6 +6,7 @@ results.json, report.md and figures, which are made from it
 """
 
 import json
+import math
 import os
 import pathlib
 from typing import Any
@@ -79,6 +80,11 @@ def read(path: pathlib.Path) -> Records:
                 f"line {number}."
             ) from error
     return records
+
+
+def seconds(records: Records) -> float:
+    """What all cells of a file took together, one after the other."""
+    return math.fsum(record["seconds"] for record in records.values())
 
 
 def append(path: pathlib.Path, record: Record) -> None:

@@ -9,14 +9,16 @@ from rich.table import Table
 
 from dtnh_jax import plots
 from dtnh_jax.finetune.folder import write_json
+from dtnh_jax.matrix.progress import duration
 
 _HEADER = [
     "rule",
-    "optimizer",
-    "cells",
+    "seeds",
     "harmed",
+    "surely",
+    "helped",
     "mean",
-    "mean of the worst",
+    "at the largest strength",
     "worst",
     "mean of the best",
     "cosine",
@@ -26,44 +28,89 @@ _HEADER = [
 
 def write(folder: pathlib.Path, results: dict[str, Any]) -> None:
     """Writes the figures, the report, and then the results."""
-    figures = {}
-    for regularizer, optimizer in sorted(
-        {(row["regularizer"], row["optimizer"]) for row in results["rows"]}
-    ):
-        panels: dict[str, dict[str, list[Any]]] = {}
-        for row in results["rows"]:
-            if (row["regularizer"], row["optimizer"]) == (regularizer, optimizer):
-                rules = panels.setdefault(f"{row['source']} > {row['target']}", {})
-                keys = ("strength", "mean", "low", "high")
-                rules[row["rule"]] = [
-                    tuple(each[key] for key in keys) for each in row["strengths"]
-                ]
-        name = f"{regularizer}-{optimizer}.png"
-        plots.strength_sweep(panels).savefig(folder / name)
-        figures[f"{regularizer} with {optimizer}"] = name
+    figures = _figures(folder, results)
     (folder / "report.md").write_text(_markdown(results, figures))
     write_json(folder / "results.json", results)
 
 
 def show(console: Console, results: dict[str, Any], folder: pathlib.Path) -> None:
-    """Prints the table of rules, and where the rest is."""
-    table = Table(*_HEADER, title=f"Against plain fine-tuning, {results['split']} (%)")
-    for row in _rule_rows(results):
-        table.add_row(*row)
-    console.print(table)
+    """Prints the tables of rules, and where the rest is."""
+    for each in results["tables"]:
+        cells = f"{each['cells']} cells with {each['optimizer']}"
+        table = Table(
+            *_HEADER,
+            title=f"Against plain fine-tuning, {results['split']} (%), {cells}",
+        )
+        for row in _rule_rows(each["rules"]):
+            table.add_row(*row)
+        console.print(table)
     console.print(
         f"Report: {folder / 'report.md'}", markup=False, highlight=False, soft_wrap=True
     )
 
 
-def _rule_rows(results: dict[str, Any]) -> list[list[str]]:
+def _figures(folder: pathlib.Path, results: dict[str, Any]) -> dict[str, str]:
+    """Draws, and returns the files by what they show."""
+    figures = {}
+    for number, table in enumerate(results["tables"]):
+        name = f"worst-{table['optimizer']}-{number}.png"
+        worst = {rule["rule"]: rule["worst"]["mean"] for rule in table["rules"]}
+        plots.worst_cases(worst).savefig(folder / name)
+        figures[f"worst {number}"] = name
+        name = f"sweep-{table['optimizer']}-{number}.png"
+        plots.strength_sweep(_mean_panels(table)).savefig(folder / name)
+        figures[f"sweep {number}"] = name
+    if results["harm"]:
+        rates: dict[str, dict[str, float]] = {}
+        for row in results["harm"]:
+            rates.setdefault(row["optimizer"], {})[row["rule"]] = row["harm"]
+        plots.harm_rates(rates).savefig(folder / "harm.png")
+        figures["harm"] = "harm.png"
+    for regularizer, optimizer in sorted(
+        {(row["regularizer"], row["optimizer"]) for row in results["rows"]}
+    ):
+        shown = {rule["rule"] for rule in _main_table(results, optimizer)["rules"]}
+        panels: dict[str, dict[str, list[Any]]] = {}
+        for row in results["rows"]:
+            where = (row["regularizer"], row["optimizer"])
+            if where == (regularizer, optimizer) and row["rule"] in shown:
+                rules = panels.setdefault(f"{row['source']} > {row['target']}", {})
+                keys = ("strength", "mean", "low", "high")
+                rules[row["rule"]] = [
+                    tuple(each[key] for key in keys) for each in row["strengths"]
+                ]
+        if panels:
+            name = f"{regularizer}-{optimizer}.png"
+            plots.strength_sweep(panels).savefig(folder / name)
+            figures[f"{regularizer} with {optimizer}"] = name
+    return figures
+
+
+def _mean_panels(table: dict[str, Any]) -> dict[str, dict[str, list[Any]]]:
+    """The mean over pairs at each strength, a panel for each regularizer."""
+    panels: dict[str, dict[str, list[Any]]] = {}
+    title = f"{{}}, mean of {len(table['pairs'])} pairs"
+    for each in table["sweeps"]:
+        rules = panels.setdefault(title.format(each["regularizer"]), {})
+        keys = ("strength", "mean", "low", "high")
+        rules.setdefault(each["rule"], []).append(tuple(each[key] for key in keys))
+    return panels
+
+
+def _main_table(results: dict[str, Any], optimizer: str) -> dict[str, Any]:
+    """The table of the most cells."""
+    return next(x for x in results["tables"] if x["optimizer"] == optimizer)
+
+
+def _rule_rows(rules: list[dict[str, Any]]) -> list[list[str]]:
     body = []
-    for rule in results["rules"]:
-        harmed = f"{rule['harmed']} ({100 * rule['harm_rate']:.0f}%)"
-        row = [rule["rule"], rule["optimizer"], str(rule["cells"]), harmed]
+    for rule in rules:
+        row = [rule["rule"]]
         row += [
-            _points(rule[key]) for key in ("mean", "mean_worst", "worst", "mean_best")
+            str(rule[key]) for key in ("seeds", "harmed", "surely_harmed", "helped")
         ]
+        row += [_interval(rule[key]) for key in ("mean", "strongest", "worst")]
+        row.append(_points(rule["mean_best"]))
         row.append("" if rule["cosine"] is None else f"{rule['cosine']:+.3f}")
         conflict = rule["conflict"]
         row.append("" if conflict is None else f"{100 * conflict:.0f}%")
@@ -73,7 +120,6 @@ def _rule_rows(results: dict[str, Any]) -> list[list[str]]:
 
 def _markdown(results: dict[str, Any], figures: dict[str, str]) -> str:
     split = results["split"]
-    seeds = sorted({rule["fewest_seeds"] for rule in results["rules"]})
     parts = [
         "# Do regularizers hurt?",
         f"Accuracy on {split} images minus that of plain fine-tuning with the same "
@@ -81,12 +127,31 @@ def _markdown(results: dict[str, Any], figures: dict[str, str]) -> str:
         "mean over seeds with its paired 95% t-interval. A cell here is a source, a "
         "target, a regularizer and a strength, all seeds together. It is harmed where "
         "the interval is wholly below 0, which 2.5% of cells are by chance if nothing "
-        "makes a difference. The worst and the best are over strengths, which are "
+        "makes a difference, and helped where it is wholly above. Surely harmed are "
+        "those that remain when it is taken into account how many cells were looked "
+        "at (Holm's method). The worst and the best are over strengths, which are "
         "multiples of the usual one.",
-        _table(_HEADER, _rule_rows(results)),
+        f"{results['cells']} trainings, which took "
+        f"{duration(results['seconds'])} of one processor core each at a time.",
     ]
-    if seeds and seeds[0] == 1:
-        parts.append("Cells of a single seed have no interval, so none is harmed.")
+    for number, table in enumerate(results["tables"]):
+        parts += [
+            f"## {table['optimizer']}, {table['cells']} cells",
+            f"Regularizers: {', '.join(table['regularizers'])}. Strengths: "
+            f"{', '.join(f'{x:g}' for x in table['strengths'])}. Pairs of source and "
+            f"target: {', '.join(table['pairs'])}.",
+            _table(_HEADER, _rule_rows(table["rules"])),
+        ]
+        if min(rule["seeds"] for rule in table["rules"]) == 1:
+            parts.append("Cells of a single seed have no interval, so none is harmed.")
+        for title, name in [
+            ("Mean difference by strength", figures.pop(f"sweep {number}")),
+            ("The worst cell of each rule", figures.pop(f"worst {number}")),
+        ]:
+            parts.append(f"![{title}]({name})")
+    parts += ["## The paper's comparison", *_comparison(results["comparison"])]
+    if results["harm"]:
+        parts += ["## Step by step", *_harm(results["harm"], figures.pop("harm"))]
     parts += ["## Fine-tuning and training from scratch", _pair_table(results)]
     for title, name in figures.items():
         parts += [f"## {title}", f"![{title}]({name})"]
@@ -96,6 +161,64 @@ def _markdown(results: dict[str, Any], figures: dict[str, str]) -> str:
     for where, rows in wheres:
         parts += ["### {} > {}, {} with {}".format(*where), _strength_table(list(rows))]
     return "\n\n".join(parts) + "\n"
+
+
+def _comparison(comparison: dict[str, Any]) -> list[str]:
+    """The regularizer against its resolved forms, and how often which is better."""
+    totals = comparison["totals"]
+    header = ["pair", "regularizer", "strength", "fine-tuning", "sum"]
+    for rule in totals:
+        header += [rule, f"{rule} - sum"]
+    body = []
+    for row in comparison["rows"]:
+        line = [f"{row['source']} > {row['target']}, {row['optimizer']}"]
+        line += [row["regularizer"], f"x{row['strength']:g}"]
+        line += [_level(row["fine_tuning"]), _level(row["sum"])]
+        for rule in totals:
+            found = row["rules"].get(rule, {})
+            line.append(_level(found.get("accuracy")))
+            line.append(_interval(found.get("difference")))
+        body.append(line)
+    count = ["better", "equal", "worse", "surely_better", "surely_worse"]
+    return [
+        "At the strength with the best validation accuracy of the plain sum.",
+        _table(header, body),
+        _table(
+            ["rule", "rows", *(x.replace("_", " ") for x in count), "mean"],
+            [
+                [rule, str(total["rows"])]
+                + [str(total[key]) for key in count]
+                + [_points(total["mean"])]
+                for rule, total in totals.items()
+            ],
+        ),
+    ]
+
+
+def _harm(rows: list[dict[str, Any]], figure: str) -> list[str]:
+    """Which share of steps works against the loss."""
+    keys = ("harm", "fresh_harm", "raised", "fresh_raised")
+    body = [
+        [row["rule"], row["optimizer"], str(row["cells"])]
+        + [f"{100 * row[key]:.1f}" for key in keys]
+        + [
+            "" if row[key] is None else f"{row[key]:+.1e}"
+            for key in ("change", "fresh_change")
+        ]
+        for row in rows
+    ]
+    header = ["rule", "optimizer", "cells", "harm", "harm, fresh batch"]
+    header += ["loss raised", "loss raised, fresh batch", "change of the loss"]
+    return [
+        "The regularizer's part of a step is the applied update minus that of the same "
+        "optimizer, which was given the gradients of the loss alone all along. Harm: "
+        "the share of steps (%) at which that part raises the loss of the batch, or of "
+        "another batch, to first order. Loss raised: the share at which the loss after "
+        "the whole step is higher than after the step without that part. The last "
+        "columns are the median differences of these losses.",
+        _table([*header, "change, fresh batch"], body),
+        f"![Harm by rule]({figure})",
+    ]
 
 
 def _pair_table(results: dict[str, Any]) -> str:

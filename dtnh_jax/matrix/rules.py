@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from dtnh_jax import GradientPair, never_hurt, resolve_conflicts, rules
+from dtnh_jax import GradientPair, decoupled, never_hurt, resolve_conflicts, rules
+from dtnh_jax._never_hurt import Ingredients, with_ingredients
 
 # (inner optimizer, strength) -> a transformation of a `GradientPair`. The optimizer's
 # learning rate is 1: what a row returns is multiplied by the learning rate at the end,
@@ -26,6 +27,17 @@ def _in_front(rule: Any, **options: Any) -> Builder:
 
     def build(optimizer, strength):
         return optax.chain(resolve_conflicts(rule, strength, **options), optimizer)
+
+    return build
+
+
+def _recipe(**given: Any) -> Builder:
+    """`never_hurt` with some of its ingredients, or other options."""
+    parts = {name: given.pop(name) for name in Ingredients._fields if name in given}
+
+    def build(optimizer, strength):
+        recipe = with_ingredients(Ingredients(**parts), strength, **given)
+        return optax.chain(recipe, optimizer)
 
     return build
 
@@ -93,16 +105,26 @@ RULES: dict[str, Builder] = {
         reference_decay=0.9,
         trust_ratio=1.0,
     ),
+    # Beside the optimizer, which gets the loss's gradient alone.
+    "sum-decoupled": lambda optimizer, strength: decoupled(
+        optimizer, strength, rule=rules.weighted_sum
+    ),
+    "dtnh-decoupled": decoupled,
     "never-hurt": lambda optimizer, strength: optax.chain(
         never_hurt(strength), optimizer
     ),
+    # The same without one of its parts.
+    "no-gate": _recipe(gate=False),
+    "no-bound": _recipe(bound=False),
+    "no-confidence": _recipe(confidence=False),
+    "no-average": _recipe(confidence=False, reference_decay=0.0),
 }
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "sgd": lambda: optax.sgd(1.0, momentum=0.9, nesterov=True),
-    "adam": lambda: optax.adam(1.0),
+    "adamw": lambda: optax.adamw(1.0),
 }
 # What the learning rate of plain fine-tuning is chosen from, by optimizer.
 LEARNING_RATES: dict[str, tuple[float, ...]] = {
     "sgd": (0.01, 0.03, 0.1, 0.3),
-    "adam": (0.0003, 0.001, 0.003, 0.01),
+    "adamw": (0.0003, 0.001, 0.003, 0.01),
 }

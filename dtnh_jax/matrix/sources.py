@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax import serialization
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from dtnh_jax.matrix import training
+from dtnh_jax.matrix import batches, training
 from dtnh_jax.matrix.evaluation import Network
 from dtnh_jax.matrix.images import Images, load_images
 from dtnh_jax.matrix.networks import IMAGE_SIZE
@@ -40,7 +40,7 @@ class Source(NamedTuple):
     distortion: float | None = None
 
 
-# A new source is a row here.
+# A new source of small networks is a row here.
 SOURCES = {
     "fashion": Source("fashion-train", 22_000),
     "mnist": Source("mnist", 5_000),
@@ -54,9 +54,8 @@ class Pretrained(NamedTuple):
     """A source in memory."""
 
     variables: Variables  # with the original head
-    training_accuracy: float
-    held_out_accuracy: float
-    path: pathlib.Path
+    about: str  # for people: how good it is, or where it is from
+    path: pathlib.Path | None = None  # of a network that was pretrained here
 
 
 def load_source(
@@ -102,8 +101,11 @@ def load_source(
         _write(path, serialization.msgpack_serialize(kept))
     # Read back even if it was just written, so that a second run has the same.
     kept: Any = serialization.msgpack_restore(path.read_bytes())
-    variables = jax.tree.map(jnp.asarray, kept.pop("variables"))
-    return Pretrained(variables, **kept, path=path)
+    about = (
+        f"{100 * kept['held_out_accuracy']:.1f}% of held-out images, "
+        f"{100 * kept['training_accuracy']:.1f}% of its training images, {path.name}"
+    )
+    return Pretrained(jax.tree.map(jnp.asarray, kept["variables"]), about, path)
 
 
 def initial_variables(network: nn.Module, seed: int) -> Variables:
@@ -148,10 +150,10 @@ def _images(source: Source, data_dir: pathlib.Path) -> tuple[Images, Images]:
     images = load_images(source.images, data_dir)
     total = min(source.examples, len(images.labels))
     # Files may be sorted by class.
-    everything = training.order(len(images.labels), 1, len(images.labels), _SEED)[0]
+    everything = batches.order(len(images.labels), 1, len(images.labels), _SEED)[0]
     images = images.pick(everything[:total])
     if source.is_shuffled:
-        permutation = training.order(total, 1, total, _SEED + 1)[0]
+        permutation = batches.order(total, 1, total, _SEED + 1)[0]
         images = images._replace(labels=images.labels[permutation])
     held_out = max(total // 10, 1)
     rows = np.arange(total)
@@ -166,8 +168,8 @@ def _pretrain(
     start: Variables | None = None,
 ) -> Variables:
     start = initial_variables(network, _SEED) if start is None else start
-    trainer = training.make_trainer(network, None, training.ALONE, "sgd", steps)
-    data = training.make_data(images, len(images.labels), steps, _BATCH_SIZE, _SEED)
+    trainer = training.make_trainer(network, (), None, training.ALONE, "sgd", steps)
+    data = batches.make_data(images, len(images.labels), steps, _BATCH_SIZE, _SEED)
     settings = training.Settings(0.0, learning_rate)
     state = training.train(trainer, start, data, start["params"], settings)
     return {"params": state.params, "batch_stats": state.batch_stats}

@@ -6,33 +6,37 @@ import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from rich.console import Console
 
 from dtnh_jax.finetune.interrupt import Interrupted, stop_signals
+from dtnh_jax.matrix import (
+    batches,
+    families,
+    photographs,
+    progress,
+    records,
+    sources,
+    training,
+)
 from dtnh_jax.matrix import cells as grid
-from dtnh_jax.matrix import evaluation, progress, records, sources, targets, training
 from dtnh_jax.matrix.cells import ALONE, SCRATCH, Cell, Record, Records
 from dtnh_jax.matrix.config import Config
-from dtnh_jax.matrix.networks import ResNet8
+from dtnh_jax.matrix.families import Family
+from dtnh_jax.matrix.regularizers import REGULARIZERS
+
+# What a cell takes on one of two cores, until some have been timed.
+_SECONDS, _SECONDS_OF_PHOTOGRAPHS = 2.5, 30.0
 
 
 class Study(NamedTuple):
-    """What cells share; everything is made when first asked for, and kept."""
+    """A grid, and how its cells are trained."""
 
     config: Config
-    evaluator: evaluation.Network
-    task: Callable[[str], targets.Task]  # of a target
-    source: Callable[[str], sources.Pretrained]
-    fresh: Callable[[int], training.Variables]  # random, of a seed
-    data: Callable[[str, int], training.Data]  # of a target and a seed
-    # Of a source, a target and a seed: with the teacher's maps.
-    data_with_maps: Callable[[str, str, int], training.Data]
-    # Of a regularizer or None, a rule and an optimizer.
-    trainer: Callable[[str | None, str, str], training.Trainer]
+    family: Callable[[str, str], Family]  # of a source and a target
 
 
 def prepare(config: Config, data_dir: pathlib.Path) -> Study:
@@ -41,50 +45,17 @@ def prepare(config: Config, data_dir: pathlib.Path) -> Study:
     Raises:
       ValueError: images can not be read, or are too few.
     """
-    network = ResNet8(widths=config.widths)
-    evaluator = evaluation.evaluator(network)
-    rows = max(target.train_per_class for target in targets.TARGETS.values())
-    rows *= network.num_classes
+    small = functools.cache(lambda: families.small(config, data_dir))
 
     @functools.cache
-    def task(name: str) -> targets.Task:
-        return targets.load_task(
-            name, data_dir, config.validation_per_class, config.test_per_class
-        )
+    def family(source: str, target: str) -> Family:
+        if target in photographs.TARGETS:
+            return families.of_photographs(config, source, target, data_dir)
+        return small()
 
-    @functools.cache
-    def source(name: str) -> sources.Pretrained:
-        return sources.load_source(
-            name, network, evaluator, config.source_steps, data_dir
-        )
-
-    @functools.lru_cache(maxsize=32)
-    def data(target: str, seed: int) -> training.Data:
-        images = task(target).training_set(seed)
-        return training.make_data(images, rows, config.steps, config.batch_size, seed)
-
-    @functools.lru_cache(maxsize=8)
-    def data_with_maps(name: str, target: str, seed: int) -> training.Data:
-        plain = data(target, seed)
-        maps = evaluator.maps(source(name).variables, plain.images)
-        return plain._replace(maps=jax.device_put(maps))
-
-    for name in config.targets:
-        task(name)
-    return Study(
-        config,
-        evaluator,
-        task,
-        source,
-        functools.lru_cache(lambda seed: sources.initial_variables(network, seed)),
-        data,
-        data_with_maps,
-        functools.cache(
-            lambda regularizer, rule, optimizer: training.make_trainer(
-                network, regularizer, rule, optimizer, config.steps
-            )
-        ),
-    )
+    for source, target in grid.pairs(config):
+        family(source, target).task(target)
+    return Study(config, family)
 
 
 def run(study: Study, path: pathlib.Path, console: Console) -> None:
@@ -131,6 +102,39 @@ def _todo(config: Config, done: Records) -> Iterator[Cell]:
                     yield cell
 
 
+class Setting(NamedTuple):
+    """All that the training of a cell is a function of."""
+
+    trainer: training.Trainer
+    variables: training.Variables  # to start from
+    data: batches.Data
+    source_params: Any
+    settings: training.Settings
+
+
+def setting(study: Study, cell: Cell) -> Setting:
+    """Puts together what a cell is trained with."""
+    family = study.family(cell.source, cell.target)
+    source = family.source(cell.source).variables
+    variables = family.fresh(cell.seed)
+    if cell.rule != SCRATCH:
+        variables = sources.with_new_head(source, variables)
+    regularizer = None if cell.regularizer == ALONE else cell.regularizer
+    data, strength = family.data(cell.target, cell.seed), 0.0
+    if regularizer is not None:
+        strength = cell.strength * family.reference(regularizer)
+        if not REGULARIZERS[regularizer].of_weights:
+            data = family.data_with_teacher(cell.source, cell.target, cell.seed)
+    rule = ALONE if cell.rule == SCRATCH else cell.rule
+    return Setting(
+        family.trainer(regularizer, rule, cell.optimizer),
+        variables,
+        data,
+        source["params"],
+        training.Settings(strength, cell.learning_rate),
+    )
+
+
 def run_cell(study: Study, cell: Cell) -> Record:
     """Trains a cell, and evaluates it once at the end.
 
@@ -141,32 +145,19 @@ def run_cell(study: Study, cell: Cell) -> Record:
       a regularizer; `seconds`, compilation included.
     """
     started = time.monotonic()
-    config, task = study.config, study.task(cell.target)
-    source = study.source(cell.source).variables
-    variables = study.fresh(cell.seed)
-    if cell.rule != SCRATCH:
-        variables = sources.with_new_head(source, variables)
-    regularizer = None if cell.regularizer == ALONE else cell.regularizer
-    data, strength = study.data(cell.target, cell.seed), 0.0
-    if regularizer is not None:
-        form = training.REGULARIZERS[regularizer]
-        strength = cell.strength * form.reference
-        if form.of_maps:
-            data = study.data_with_maps(cell.source, cell.target, cell.seed)
-    rule = ALONE if cell.rule == SCRATCH else cell.rule
-    trainer = study.trainer(regularizer, rule, cell.optimizer)
-    settings = training.Settings(strength, cell.learning_rate)
-    state = training.train(trainer, variables, data, source["params"], settings)
+    family = study.family(cell.source, cell.target)
+    task = family.task(cell.target)
+    state = training.train(*setting(study, cell))
     trained = {"params": state.params, "batch_stats": state.batch_stats}
 
     def evaluate(images):
-        return study.evaluator.evaluate(trained, images.inputs(), images.labels)
+        return family.evaluator.evaluate(trained, images.inputs(), images.labels)
 
     loss = evaluate(task.training_set(cell.seed))[1]
     seen = {"cosine": None, "conflict": None}
-    if regularizer is not None:
+    if cell.regularizer != ALONE:
         sums = jax.device_get({"cosine": state.cosine, "conflict": state.conflict})
-        seen = {key: _known(float(x) / config.steps) for key, x in sums.items()}
+        seen = {key: _known(float(x) / family.steps) for key, x in sums.items()}
     return {
         **cell._asdict(),
         "validation": evaluate(task.validation)[0],
@@ -187,26 +178,46 @@ def introduction(study: Study, path: pathlib.Path) -> list[str]:
     done = records.read(path)
     total, complete = grid.count(study.config, done)
     pairs = len(grid.pairs(study.config))
-    seconds = [record["seconds"] for record in done.values()]
-    budget = "no cell has been timed yet"
-    if seconds:
-        each = float(np.median(seconds))
-        left = progress.duration((total - complete) * each)
-        budget = f"{each:.1f} s each, {left} in all"
-    return [
+    lines = [
         f"{total} cells: {pairs} pairs of source and target, "
-        f"{study.config.seeds} seeds, {study.config.steps} steps; folder {path.parent}",
-        f"{complete} done, {total - complete} to do: {budget}",
+        f"{study.config.seeds} seeds; folder {path.parent}"
     ]
+    left = _seconds_left(study.config, done)
+    lines.append(
+        f"{complete} done, {total - complete} to do: about {progress.duration(left)}, "
+        f"or {progress.duration(left / 2)} as two commands on two cores"
+    )
+    for source, target in grid.pairs(study.config):
+        licence = study.family(source, target).licence
+        line = f"Images of {target}: {licence}"
+        if licence and line not in lines:
+            lines.append(line)
+    return lines
+
+
+def _seconds_left(config: Config, done: Records) -> float:
+    """How long the cells to do may take, by what those of their kind took."""
+
+    def is_small(target: str) -> bool:
+        return target not in photographs.TARGETS
+
+    found = 0.0
+    for target, (total, complete) in grid.count_by_target(config, done).items():
+        alike = [
+            record["seconds"]
+            for cell, record in done.items()
+            if is_small(cell.target) == is_small(target)
+        ]
+        usual = _SECONDS if is_small(target) else _SECONDS_OF_PHOTOGRAPHS
+        each = float(np.median(alike)) if alike else usual
+        found += each * (total - complete)
+    return found
 
 
 def accuracies_of_sources(study: Study) -> Iterator[str]:
-    """Loads all sources, and says how good each is."""
-    for name in study.config.sources:
+    """Loads all sources, and says how good each is, or where it is from."""
+    # One of a source's targets, for the family.
+    for name, target in dict(grid.pairs(study.config)).items():
         started = time.monotonic()
-        source = study.source(name)
-        yield (
-            f"Source {name}: {100 * source.held_out_accuracy:.1f}% of held-out images, "
-            f"{100 * source.training_accuracy:.1f}% of its training images "
-            f"({time.monotonic() - started:.0f} s, {source.path.name})"
-        )
+        about = study.family(name, target).source(name).about
+        yield f"Source {name}: {about} ({time.monotonic() - started:.0f} s)"

@@ -1,9 +1,12 @@
 """What is fine-tuned on: little of images that no source has seen."""
 
+import functools
 import pathlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from dtnh_jax.finetune import data
 from dtnh_jax.matrix.images import Images, load_images
@@ -16,7 +19,7 @@ class Target(NamedTuple):
     train_per_class: int
 
 
-# A new target is a row here; it has to have ten classes.
+# A new target of the small networks is a row here; it has to have ten classes.
 TARGETS = {
     "digits-5": Target("digits", 5),
     "digits-20": Target("digits", 20),
@@ -26,29 +29,18 @@ TARGETS = {
 
 
 class Task(NamedTuple):
-    """A target in memory; validation and test images are the same for all seeds."""
+    """A target that is split; validation and test images are the same for all seeds."""
 
-    pool: Images  # what seeds draw their training images from
-    train_per_class: int
+    # Of a seed: its training images. A smaller set is part of a larger one.
+    training_set: Callable[[int], Images]
     validation: Images
     test: Images
-
-    def training_set(self, seed: int) -> Images:
-        """The training images of a seed; a smaller set is part of a larger one."""
-        drawn = data.split(
-            self.pool.labels,
-            seed=seed,
-            train_per_class=self.train_per_class,
-            validation_per_class=0,
-            test_per_class=None,
-        )
-        return self.pool.pick(drawn.train)
 
 
 def load_task(
     name: str, data_dir: pathlib.Path, validation_per_class: int, test_per_class: int
 ) -> Task:
-    """Reads a target and splits it.
+    """Reads a target of the small networks and splits it.
 
     Args:
       name: one of `TARGETS`.
@@ -61,13 +53,45 @@ def load_task(
     """
     target = TARGETS[name]
     images = load_images(target.images, data_dir)
-    rarest = int(np.bincount(images.labels).min())
+    return make_task(
+        name,
+        images.labels,
+        images.pick,
+        train_per_class=target.train_per_class,
+        validation_per_class=validation_per_class,
+        test_per_class=test_per_class,
+    )
+
+
+def make_task(
+    name: str,
+    labels: Int[np.ndarray, " n"],
+    read: Callable[[np.ndarray], Images],
+    *,
+    train_per_class: int,
+    validation_per_class: int,
+    test_per_class: int,
+) -> Task:
+    """Splits images; what validation and test leave over is what seeds draw from.
+
+    Args:
+      name: for errors.
+      labels: the class of every image.
+      read: reads some of them, by index.
+      train_per_class: training images of each class.
+      validation_per_class: validation images of each class.
+      test_per_class: test images of each class.
+
+    Raises:
+      ValueError: the images are too few.
+    """
+    rarest = int(np.bincount(labels).min())
     # One more than a seed draws, because `split` leaves at least one; it also says
     # what is missing.
-    least = target.train_per_class + 1
+    least = train_per_class + 1
     try:
         splits = data.split(
-            images.labels,
+            labels,
             seed=0,
             train_per_class=max(rarest - validation_per_class - test_per_class, least),
             validation_per_class=validation_per_class,
@@ -75,9 +99,19 @@ def load_task(
         )
     except ValueError as error:
         raise ValueError(f"Target {name}: {error}") from error
+
+    def training_set(seed: int) -> Images:
+        drawn = data.split(
+            labels[splits.train],
+            seed=seed,
+            train_per_class=train_per_class,
+            validation_per_class=0,
+            test_per_class=None,
+        )
+        return read(splits.train[drawn.train])
+
     return Task(
-        images.pick(splits.train),
-        target.train_per_class,
-        images.pick(splits.validation),
-        images.pick(splits.test),
+        functools.lru_cache(maxsize=32)(training_set),
+        read(splits.validation),
+        read(splits.test),
     )

@@ -4,7 +4,7 @@ Strengths, learning rates, sources, targets and seeds are arguments of the compi
 step. So there is one compilation for a rule, a regularizer and an optimizer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,45 +15,13 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int32
 
 import dtnh_jax
-from dtnh_jax import GradientPair, regularizers
+from dtnh_jax import GradientPair
 from dtnh_jax.linen import capture_features
-from dtnh_jax.matrix.images import Images
-from dtnh_jax.matrix.networks import FEATURE_LAYERS
+from dtnh_jax.matrix.batches import Data
+from dtnh_jax.matrix.regularizers import REGULARIZERS, Regularizer
 from dtnh_jax.matrix.rules import ALONE, OPTIMIZERS, RULES
 
 Variables = dict[str, Any]  # {"params": tree, "batch_stats": tree}
-
-
-class Regularizer(NamedTuple):
-    """A regularizer of the grid; one of the two functions is given."""
-
-    reference: float  # the usual strength, of which the grid has multiples
-    # Parameters of the source -> regularizer of the parameters.
-    of_weights: Callable[[Any], regularizers.WeightRegularizer] | None = None
-    # (maps of the student, maps of the teacher) -> scalar.
-    of_maps: Callable[[Any, Any], Array] | None = None
-
-
-REGULARIZERS = {
-    # As in the Transfer-Learning-Library: 0.01, for the pretrained part and for plain
-    # L2 on the new head; of 1/2 the sum of squares over all parameters.
-    "l2_sp": Regularizer(
-        0.01, of_weights=lambda source: regularizers.l2_sp(source, new=["head"])
-    ),
-    # Of 1/2 the sum of squares over positions and channels of two layers, 3072 values,
-    # averaged over the batch. Libraries differ in what they average over, so this is
-    # no one's default: in first trials 0.001 helped a little, and 0.1 was ruin.
-    "feature_map": Regularizer(0.001, of_maps=regularizers.feature_map),
-}
-
-
-class Data(NamedTuple):
-    """What is trained on, on the device; rows that `order` does not name are idle."""
-
-    images: Float[Array, "n size size 1"]
-    labels: Int32[Array, " n"]
-    order: Int32[Array, "steps batch"]  # the rows of every step's batch
-    maps: dict[str, Float[Array, "n _ _ _"]]  # of the teacher, by layer; or none
 
 
 class Settings(NamedTuple):
@@ -83,60 +51,64 @@ class Trainer(NamedTuple):
     step: Callable[[State, Data, Any, Settings], State]
 
 
-def make_trainer(
+class Parts(NamedTuple):
+    """What a step is made of, to be put together in more than one way."""
+
+    # Parameters -> state of the optimizer.
+    init: Callable[[Any], optax.OptState]
+    # (state, rows, data, parameters of the source) -> gradients, which are a pair where
+    # there is a regularizer, and new batch statistics.
+    gradients: Callable[[State, Array, Data, Any], tuple[Any, Any]]
+    # (parameters, state, rows, data) -> loss in training mode.
+    loss: Callable[[Any, State, Array, Data], Float[Array, ""]]
+    # (state, settings) -> learning rate of the step.
+    rate: Callable[[State, Settings], Float[Array, ""]]
+    # (state, gradients, settings) -> state after the step but for batch statistics and
+    # sums, and what was added to the parameters.
+    advance: Callable[[State, Any, Settings], tuple[State, Any]]
+
+
+def make_parts(
     network: nn.Module,
+    layers: Sequence[str],
     regularizer_name: str | None,
     rule: str,
     optimizer: str,
     steps: int,
-) -> Trainer:
-    """Builds a step, which is compiled at its first call.
-
-    Args:
-      network: its classifier is `head`.
-      regularizer_name: one of `REGULARIZERS`; None with the rule `ALONE`.
-      rule: one of `RULES`.
-      optimizer: one of `OPTIMIZERS`.
-      steps: length of training.
-    """
+) -> Parts:
+    """Returns the functions that a step is made of; the arguments of `make_trainer`."""
     regularizer = REGULARIZERS[regularizer_name] if regularizer_name else None
     schedule = optax.cosine_decay_schedule(1.0, steps)
-    apply = capture_features(network, FEATURE_LAYERS)
+    is_of_logits = regularizer is not None and regularizer.of_logits is not None
+    apply = capture_features(network, ["pooled"] if is_of_logits else layers)
 
     def transformation(strength):
         return RULES[rule](OPTIMIZERS[optimizer](), strength)
 
-    def init(variables: Variables) -> State:
-        variables = jax.tree.map(lambda x: jnp.array(x, copy=True), variables)
-        zero = np.float32(0)
-        return State(
-            jnp.zeros([], jnp.int32),
-            variables["params"],
-            variables["batch_stats"],
-            transformation(0.0).init(variables["params"]),
-            jnp.asarray(zero),
-            jnp.asarray(zero),
-        )
-
-    def forward(params, state, images, labels):
-        (logits, updated), maps = apply(
+    def forward(params, state, rows, data):
+        (logits, updated), found = apply(
             {"params": params, "batch_stats": state.batch_stats},
-            images,
+            data.images[rows],
             train=True,
             mutable=["batch_stats"],
+            rngs={"dropout": jax.random.fold_in(data.key, state.step)},
         )
+        labels = data.labels[rows]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return jnp.mean(losses), updated["batch_stats"], maps
+        return jnp.mean(losses), updated["batch_stats"], found
+
+    def loss(params, state, rows, data):
+        return forward(params, state, rows, data)[0]
 
     def gradients(state, rows, data, source_params):
-        images, labels = data.images[rows], data.labels[rows]
-        if regularizer and regularizer.of_maps:
-            of_maps = regularizer.of_maps
-            teacher = {name: maps[rows] for name, maps in data.maps.items()}
+        if regularizer and not regularizer.of_weights:
+            wanted = ["head"] if is_of_logits else layers
+            teacher = {name: data.teacher[name][rows] for name in wanted}
 
-            def objective(params):
-                loss, batch_stats, maps = forward(params, state, images, labels)
-                return (loss, of_maps(maps, teacher)), batch_stats
+            def objective(params, regularizer=regularizer):
+                loss, batch_stats, found = forward(params, state, rows, data)
+                penalty = _penalty(regularizer, found, teacher, source_params)
+                return (loss, penalty), batch_stats
 
             (_, batch_stats), pair = dtnh_jax.value_and_gradient_pair(
                 objective, has_aux=True
@@ -144,7 +116,7 @@ def make_trainer(
             return pair, batch_stats
 
         def of_loss(params):
-            loss, batch_stats, _ = forward(params, state, images, labels)
+            loss, batch_stats, _ = forward(params, state, rows, data)
             return loss, batch_stats
 
         grads, batch_stats = jax.grad(of_loss, has_aux=True)(state.params)
@@ -153,70 +125,80 @@ def make_trainer(
             grads = GradientPair(grads, pull.gradient(state.params))
         return grads, batch_stats
 
-    def step(state: State, data: Data, source_params: Any, settings: Settings) -> State:
-        rows = data.order[state.step]
-        grads, batch_stats = gradients(state, rows, data, source_params)
+    def rate(state, settings):
+        return settings.learning_rate * schedule(state.step)
+
+    def advance(state, grads, settings):
         updates, opt_state = transformation(settings.strength).update(
             grads, state.opt_state, state.params
         )
-        rate = settings.learning_rate * schedule(state.step)
-        updates = jax.tree.map(lambda x: rate * x, updates)
+        scale = rate(state, settings)
+        updates = jax.tree.map(lambda x: scale * x, updates)
+        params = optax.apply_updates(state.params, updates)
+        state = state._replace(step=state.step + 1, params=params, opt_state=opt_state)
+        return state, updates
+
+    return Parts(transformation(0.0).init, gradients, loss, rate, advance)
+
+
+def make_trainer(
+    network: nn.Module,
+    layers: Sequence[str],
+    regularizer_name: str | None,
+    rule: str,
+    optimizer: str,
+    steps: int,
+) -> Trainer:
+    """Builds a step, which is compiled at its first call.
+
+    Args:
+      network: its classifier is `head`, and what that sees is sown as `pooled`.
+      layers: of which maps are regularized, by path.
+      regularizer_name: one of `REGULARIZERS`; None with the rule `ALONE`.
+      rule: one of `RULES`.
+      optimizer: one of `OPTIMIZERS`.
+      steps: length of training.
+    """
+    parts = make_parts(network, layers, regularizer_name, rule, optimizer, steps)
+
+    def init(variables: Variables) -> State:
+        variables = jax.tree.map(lambda x: jnp.array(x, copy=True), variables)
+        zero = np.float32(0)
+        return State(
+            jnp.zeros([], jnp.int32),
+            variables["params"],
+            variables["batch_stats"],
+            parts.init(variables["params"]),
+            jnp.asarray(zero),
+            jnp.asarray(zero),
+        )
+
+    def step(state: State, data: Data, source_params: Any, settings: Settings) -> State:
+        rows = data.order[state.step]
+        grads, batch_stats = parts.gradients(state, rows, data, source_params)
+        new_state, _ = parts.advance(state, grads, settings)
         seen = {"cosine": 0.0, "conflict": 0.0}
         if rule != ALONE:
-            seen = dtnh_jax.conflict_metrics(opt_state)
-        return State(
-            state.step + 1,
-            optax.apply_updates(state.params, updates),
-            batch_stats,
-            opt_state,
-            state.cosine + seen["cosine"],
-            state.conflict + seen["conflict"],
+            seen = dtnh_jax.conflict_metrics(new_state.opt_state)
+        return new_state._replace(
+            batch_stats=batch_stats,
+            cosine=state.cosine + seen["cosine"],
+            conflict=state.conflict + seen["conflict"],
         )
 
     return Trainer(jax.jit(init), jax.jit(step, donate_argnums=0))
 
 
-def make_data(
-    images: Images, rows: int, steps: int, batch_size: int, seed: int
-) -> Data:
-    """Puts training images on the device, with the order of their batches.
-
-    Args:
-      images: at least one.
-      rows: the size of the arrays, at least that of `images`: zeros fill them up, so
-        that targets of different sizes share a compilation.
-      steps: number of batches.
-      batch_size: images in a batch.
-      seed: of the order.
-    """
-    missing = rows - len(images.labels)
-    inputs = np.pad(images.inputs(), [(0, missing), (0, 0), (0, 0), (0, 0)])
-    return Data(
-        jnp.asarray(inputs),
-        jnp.asarray(np.pad(images.labels, [(0, missing)])),
-        jnp.asarray(order(len(images.labels), steps, batch_size, seed)),
-        {},
-    )
-
-
-def order(
-    examples: int, steps: int, batch_size: int, seed: int
-) -> Int32[np.ndarray, "steps batch"]:
-    """Which examples are in the batch of every step: shuffled anew each epoch.
-
-    Batches run on over the end of an epoch, so all of them are full and every example
-    is seen once an epoch.
-
-    Example:
-      >>> rows = order(examples=4, steps=2, batch_size=2, seed=0)
-      >>> print(np.sort(rows.ravel()))
-      [0 1 2 3]
-    """
-    epochs = -(-steps * batch_size // examples)
-    # The raw stream, because NumPy promises that it never changes (NEP 19).
-    draws = [np.random.PCG64([seed, e]).random_raw(examples) for e in range(epochs)]
-    rows = np.concatenate([np.argsort(draw, kind="stable") for draw in draws])
-    return rows[: steps * batch_size].reshape(steps, batch_size).astype(np.int32)
+def _penalty(
+    regularizer: Regularizer, found: Any, teacher: Any, source_params: Any
+) -> Float[Array, ""]:
+    """A regularizer of what two networks make of a batch, by layer."""
+    if regularizer.of_maps:
+        return regularizer.of_maps(found, teacher)
+    assert regularizer.of_logits  # all others are of weights
+    head = source_params["head"]
+    logits = found["pooled"] @ head["kernel"] + head["bias"][None, :]
+    return regularizer.of_logits(logits, teacher["head"])
 
 
 def train(
