@@ -162,8 +162,8 @@ def refused(capsys, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--source resnet", "`--source` must be one of efficientnet-lite0, got 'resn"),
-        ("--target mnist", "`--target` must be one of elpv, got 'mnist'"),
+        ("--source resnet", "`--source` must be one of efficientnet-lite0, eff"),
+        ("--target mnist", "`--target` must be one of elpv, folder:PATH"),
         ("--methods l2_sp+ntk", "`--methods` must be one of scratch, fine-tuning"),
         ("--methods l2_sp l2_sp", "`--methods` must name each method once"),
         ("--methods", "`--methods` must name at least one method"),

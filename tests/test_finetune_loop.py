@@ -49,13 +49,15 @@ def known(regularizer):
 
 
 @functools.cache
-def trainer(regularizer):
+def trainer(regularizer, never_hurts=False):
     """Returns one trainer of four steps for all tests: compiling it takes seconds."""
-    return new_trainer(regularizer, Config(methods=("all",)), 4)
+    return new_trainer(regularizer, Config(methods=("all",)), 4, never_hurts)
 
 
-def new_trainer(regularizer, config, steps):
-    return loop.make_trainer(SOURCE, NETWORK, regularizer, config, steps)
+def new_trainer(regularizer, config, steps, never_hurts=False):
+    return loop.make_trainer(
+        SOURCE, NETWORK, regularizer, config, steps, never_hurts=never_hurts
+    )
 
 
 def starting(method, seed=0):
@@ -64,7 +66,7 @@ def starting(method, seed=0):
 
 def train(name, batches, strength, steps=4, variables=None, made=None):
     method = METHODS[name]
-    made = made or trainer(method.regularizer)
+    made = made or trainer(method.regularizer, method.never_hurts)
     state, lines = None, []
     first = made.init(variables or starting(method), method, strength)
     asked = known(method.regularizer)
@@ -125,6 +127,24 @@ def test_strength_zero_is_plain_fine_tuning(name, batches):
     regularized, lines = train(name, batches, 0.0)
     assert_same(plain.params, regularized.params, rtol=1e-5)
     assert lines[-1]["regularizer_norm"] == 0
+
+
+@pytest.mark.parametrize("regularizer", ["l2_sp", "feature_map"])
+def test_never_hurt_adds_no_more_than_the_loss_s_own_gradient(regularizer, batches):
+    # However large the strength: in the mean of gradients, which is what is protected.
+    state, lines = train(f"{regularizer}+never_hurt", batches, 1e6)
+    assert lines[0]["removed"] == pytest.approx(1)  # nothing is known at first
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+    added = [(1 - x["removed"]) * x["regularizer_norm"] for x in lines]
+    seen = max(x["loss_norm"] for x in lines)
+    assert all(each <= 1.01 * seen for each in added)
+    for line in lines:
+        assert line["regularizer_norm"] > 2 * seen  # a sum would have been ruin
+
+
+def test_never_hurt_needs_a_trainer_of_its_own():
+    with pytest.raises(ValueError, match=r"`method` must be one .* got l2_sp\+never_h"):
+        trainer("l2_sp").init(VARIABLES, METHODS["l2_sp+never_hurt"], 0.1)
 
 
 @pytest.mark.parametrize("name", ["l2_sp", "feature_map"])

@@ -48,7 +48,7 @@ def test_elpv_reads_as_the_package_does(elpv):
 
 
 def test_an_unknown_target_is_told_the_known():
-    with pytest.raises(ValueError, match="must be one of 'elpv', got 'imagenet'"):
+    with pytest.raises(ValueError, match="must be one of 'elpv', 'folder:PATH', 'tfds"):
         targets.load_target("imagenet")
 
 

@@ -329,7 +329,7 @@ def test_memory_stays_within_the_size_of_the_file(read, bomb):
 
 
 def test_it_bounds_the_number_of_opcodes(read, monkeypatch):
-    monkeypatch.setattr("dtnh_jax.finetune.weights._MAX_OPCODES", 100)
+    monkeypatch.setattr("dtnh_jax.finetune.pickles._MAX_OPCODES", 100)
     with pytest.raises(WeightsError, match="more than 100 opcodes"):
         read(b"\x80\x02" + b"}" * 200)
 

@@ -4,7 +4,9 @@ It has all that the loop has to take care of: batch statistics, dropout, a head 
 own and feature maps. Its weights are drawn once and called pretrained.
 """
 
+import functools
 import sys
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,16 +17,19 @@ from dtnh_jax.finetune.sources import SOURCES, Source
 
 class TinyNetwork(nn.Module):
     num_classes: int
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, images, *, train):
-        x = nn.Conv(4, (3, 3), strides=4, name="stem")(images)
-        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, name="norm")(x)
-        x = nn.Dense(6, use_bias=False, name="mix")(nn.relu(x))
+        dense = functools.partial(nn.Dense, dtype=self.dtype)
+        norm = functools.partial(nn.BatchNorm, momentum=0.9, dtype=self.dtype)
+        x = nn.Conv(4, (3, 3), strides=4, dtype=self.dtype, name="stem")(images)
+        x = norm(use_running_average=not train, name="norm")(x)
+        x = dense(6, use_bias=False, name="mix")(nn.relu(x))
         x = nn.relu(x).mean((1, 2))
         self.sow("intermediates", "pooled", x)
         x = nn.Dropout(0.2, deterministic=not train)(x)
-        return nn.Dense(self.num_classes, name="head")(x)
+        return dense(self.num_classes, name="head")(x)
 
 
 def _load():

@@ -1,11 +1,14 @@
 """Low-rank adapters: the pretrained matrices stay, and small ones learn to add."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PRNGKeyArray
+
+from dtnh_jax.finetune.methods import METHODS
 
 RANK = 4
 
@@ -42,6 +45,16 @@ def add_adapters(params: Any, adapters: Any) -> Any:
         a, b = (products[(*path[:-1], name)] for name in ("lora_a", "lora_b"))
         flat[path] = flat[path] + a @ b
     return unflatten_dict(flat)
+
+
+def check_adapters(params: Any, methods: Sequence[str], name: str) -> None:
+    """Raises ValueError for methods with adapters where there is nothing to adapt."""
+    asked = [method for method in methods if METHODS[method].has_adapters]
+    if asked and not _matrices(params):
+        raise ValueError(
+            f"`--methods` must be without {asked[0]} for {name}, which has no matrices "
+            "to adapt but its head's: its layers are convolutions."
+        )
 
 
 def _matrices(params: Any) -> dict[tuple[str, ...], Any]:

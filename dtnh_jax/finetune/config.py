@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,30 @@ from dtnh_jax.finetune.methods import (
     REGULARIZERS,
     RULES,
 )
+
+
+def _read_mesh(words: Sequence[str]) -> dict[str, int]:
+    """Returns the sizes in `data=4,fsdp=2`."""
+    pairs = [part.partition("=") for word in words for part in word.split(",")]
+    if not all(equals and size.isdecimal() for _, equals, size in pairs):
+        raise ValueError("a mesh is written AXIS=SIZE,AXIS=SIZE, such as data=4,fsdp=2")
+    if len({axis for axis, _, _ in pairs}) < len(pairs):
+        raise ValueError("a mesh has each of its axes once")
+    return {axis: int(size) for axis, _, size in pairs}
+
+
+_Mesh = Annotated[
+    dict[str, int],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="AXIS=SIZE,...",
+        instance_from_str=_read_mesh,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [
+            ",".join(f"{k}={v}" for k, v in value.items())
+        ],
+    ),
+]
 
 
 def _read_strengths(words: Sequence[str]) -> dict[str, float]:
@@ -37,10 +62,31 @@ _Strengths = Annotated[
         str_from_instance=lambda value: [f"{k}={v:g}" for k, v in value.items()],
     ),
 ]
-_DEFAULT_STEPS = 36
+_DEFAULT_STEPS, _DEFAULT_EPOCHS = 36, 12
+# For a target whose pictures are known; `splitting.sizes` counts those of the others.
+_OF_TARGET = {
+    "elpv": {
+        "train_per_class": 50,
+        "validation_per_class": 100,
+        "test_per_class": 300,
+    }
+}
 _DEFAULT_RATES = {"sgd": 0.01, "adamw": 0.001}
-# These say where and how often files are written, and change no result.
-_OF_NO_CONSEQUENCE = ("run_dir", "data_dir", "checkpoint_every")
+# These say where and how often files are written, and on how many devices it runs.
+# They change no result but for rounding, so a run may go on with others.
+_OF_NO_CONSEQUENCE = (
+    "run_dir",
+    "data_dir",
+    "checkpoint_every",
+    "keep_weights",
+    "mesh",
+    "remat",
+    "distributed",
+    "coordinator",
+    "processes",
+    "process_id",
+    "heartbeat",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +99,16 @@ class Config:
     """
 
     source: str = "efficientnet-lite0"
-    """Pretrained network to start from: efficientnet-lite0 (ImageNet)."""
+    """Pretrained network to start from: efficientnet-lite0 or -lite1 (ImageNet); with
+    weights of your own ARCHITECTURE:FILE, such as resnet50:weights.safetensors; or
+    MODULE:FUNCTION, which describes a network of your own."""
     target: str = "elpv"
-    """Task to fine-tune on: elpv (solar cells, functional or defective)."""
+    """Task to fine-tune on: elpv (solar cells, functional or defective); folder:PATH,
+    your own pictures, a folder for each class; tfds:NAME, a set of TensorFlow Datasets.
+    """
     methods: tuple[str, ...] = DEFAULT_METHODS
-    """What to compare: REGULARIZER adds the gradients, REGULARIZER+RULE resolves; or
-    `all`."""
+    """What to compare: REGULARIZER adds the gradients, REGULARIZER+dtnh resolves them,
+    REGULARIZER+never_hurt follows as far as the loss surely agrees; or `all`."""
     strength: _Strengths = dataclasses.field(default_factory=dict)
     """Strengths to use instead of the default ones, such as l2_sp=0.1."""
     tune: bool = False
@@ -70,19 +120,23 @@ class Config:
     learning_rate: float | None = None
     """Falls to 0 along a cosine. By default 0.01 for sgd and 0.001 for adamw."""
     steps: int | None = None
-    """Training steps of each method and seed. By default 36."""
+    """Training steps of each method and seed. By default 36 for elpv, and otherwise 12
+    passes over the training images, but at least 36 steps."""
     epochs: float | None = None
     """Passes over the training images, instead of --steps."""
     batch_size: int = 32
     """Images in a training step."""
     image_size: int = 64
     """Height and width that photographs are resized to, in pixels."""
-    train_per_class: int = 50
-    """Training images of each class; every seed draws others."""
-    validation_per_class: int = 100
-    """Validation images of each class, for --tune; the same for all seeds."""
-    test_per_class: int = 300
-    """Test images of each class; the same for all seeds."""
+    train_per_class: int | None = None
+    """Training images of each class; every seed draws others, where there are others.
+    By default 50, or what the rarest class has left."""
+    validation_per_class: int | None = None
+    """Validation images of each class, for --tune; the same for all seeds. By default
+    100 for elpv; otherwise with --tune up to 100, a sixth of the rarest class."""
+    test_per_class: int | None = None
+    """Test images of each class; the same for all seeds. By default 300 for elpv;
+    otherwise up to 300, a third of the rarest class, or from the test split."""
     cache_teacher: bool = True
     """Keep what the teacher makes of the training images, instead of asking it anew."""
     seeds: int = 3
@@ -91,6 +145,27 @@ class Config:
     """Repetitions of --tune. By default as many as --seeds."""
     checkpoint_every: int = 25
     """Steps between checkpoints, from which an interrupted run goes on."""
+    mesh: _Mesh = dataclasses.field(default_factory=dict)
+    """Devices to spread over: batches over data and fsdp, weights over fsdp. By default
+    one, or all devices of --distributed."""
+    accumulate: int = 1
+    """Parts of a batch, one after the other: gradients are averaged, then resolved."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What networks compute in; parameters and gradients are float32."""
+    remat: bool = False
+    """Compute anew what is cheap to compute, instead of keeping it in memory."""
+    distributed: bool = False
+    """Train with several processes as one, which JAX finds on clusters it knows."""
+    coordinator: str | None = None
+    """Address of the first process and a free port, where JAX can not find out."""
+    processes: int | None = None
+    """How many there are, where JAX can not find out."""
+    process_id: int | None = None
+    """The number of this one, from 0, where JAX can not find out."""
+    heartbeat: int = 100
+    """Seconds without a sign of life after which another process counts as lost."""
+    keep_weights: bool = True
+    """Keep the fine-tuned networks in the run folder, to export or predict with."""
     run_dir: pathlib.Path | None = None
     """Folder for results. By default runs/default, or another for other options."""
     data_dir: pathlib.Path | None = None
@@ -99,6 +174,9 @@ class Config:
     def __post_init__(self):
         if tuple(self.methods) == ("all",):
             object.__setattr__(self, "methods", tuple(METHODS))
+        for name, number in _OF_TARGET.get(self.target, {}).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, number)
 
     @property
     def strengths(self) -> dict[str, float]:
@@ -123,6 +201,14 @@ class Config:
         }
         return tuple(rule for rule in RULES if rule in used | {ADDED})
 
+    def check_batches(self, devices: int) -> None:
+        """Raises ValueError unless a batch can be cut for so many devices."""
+        if self.batch_size % (devices * self.accumulate):
+            raise ValueError(
+                f"`--batch-size` must be a multiple of {devices} devices times "
+                f"{self.accumulate} (`--accumulate`), got {self.batch_size}."
+            )
+
     @property
     def initial_learning_rate(self) -> float:
         """The learning rate at the first step."""
@@ -134,7 +220,10 @@ class Config:
         """The length of training, whichever way it was given."""
         if self.epochs is not None:
             return math.ceil(self.epochs * training_images / self.batch_size)
-        return _DEFAULT_STEPS if self.steps is None else self.steps
+        if self.steps is not None:
+            return self.steps
+        passes = math.ceil(_DEFAULT_EPOCHS * training_images / self.batch_size)
+        return _DEFAULT_STEPS if self.target == "elpv" else max(_DEFAULT_STEPS, passes)
 
     @property
     def folder(self) -> pathlib.Path:
@@ -146,7 +235,8 @@ class Config:
             return pathlib.Path("runs", "default")
         changed = {key: value for key, value in ours.items() if value != plain[key]}
         digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode())
-        return pathlib.Path("runs", f"{self.target}-{digest.hexdigest()[:8]}")
+        target = re.sub(r"[^\w.-]+", "-", self.target)[-40:].strip("-.")
+        return pathlib.Path("runs", f"{target}-{digest.hexdigest()[:8]}")
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -163,11 +253,18 @@ def identity(config: Config) -> dict[str, Any]:
 def check(config: Config) -> None:
     """Raises ValueError, in one line, for options that can not be meant."""
     # Here, because these import Flax and TFDS, for which `--help` should not wait.
-    from dtnh_jax.finetune.sources import SOURCES
-    from dtnh_jax.finetune.targets import TARGETS
+    from dtnh_jax.finetune.sources import is_source, known_sources
+    from dtnh_jax.finetune.targets import FAMILIES, TARGETS, is_target
 
-    one_of("source", config.source, SOURCES)
-    one_of("target", config.target, TARGETS)
+    if not is_source(config.source):
+        raise ValueError(
+            f"`--source` must be one of {known_sources()}, got {config.source!r}."
+        )
+    if not is_target(config.target):
+        raise ValueError(
+            f"`--target` must be one of {', '.join(TARGETS)}, {', '.join(FAMILIES)}, "
+            f"got {config.target!r}."
+        )
     if not config.methods:
         raise ValueError("`--methods` must name at least one method, got none.")
     for name in config.methods:
@@ -191,8 +288,9 @@ def check(config: Config) -> None:
     whole = ("batch_size", "image_size", "train_per_class", "test_per_class", "seeds")
     if config.tuning_seeds is not None and not config.tune:
         raise ValueError("`--tuning-seeds` is of no use without `--tune`.")
-    for name in (*whole, "steps", "checkpoint_every", "tuning_seeds"):
+    for name in (*whole, "steps", "checkpoint_every", "tuning_seeds", "accumulate"):
         _at_least(name, getattr(config, name), 1)
+    _check_devices(config)
     _at_least("validation_per_class", config.validation_per_class, int(config.tune))
     for name in ("learning_rate", "epochs"):
         value = getattr(config, name)
@@ -200,6 +298,25 @@ def check(config: Config) -> None:
             raise ValueError(
                 f"`{_flag(name)}` must be above 0 and finite, got {value}."
             )
+
+
+def _check_devices(config: Config) -> None:
+    for axis, size in config.mesh.items():
+        one_of("mesh", axis, ("data", "fsdp"))
+        if size < 1:
+            raise ValueError(f"`--mesh {axis}` must be at least 1, got {size}.")
+    config.check_batches(math.prod(config.mesh.values()))
+    for name in ("coordinator", "processes", "process_id"):
+        if getattr(config, name) is not None and not config.distributed:
+            raise ValueError(f"`{_flag(name)}` is of no use without `--distributed`.")
+    _at_least("processes", config.processes, 1)
+    _at_least("process_id", config.process_id, 0)
+    _at_least("heartbeat", config.heartbeat, 1)
+    number, count = config.process_id, config.processes
+    if number is not None and count is not None and number >= count:
+        raise ValueError(
+            f"`--process-id` must be below `--processes`, {count}, got {number}."
+        )
 
 
 def _flag(name: str) -> str:

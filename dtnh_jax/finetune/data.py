@@ -5,26 +5,18 @@ with their mirror images, and the two `*_batches` functions feed a loop.
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import grain
 import numpy as np
 from jaxtyping import Bool, Int, Int32, UInt8
 from PIL import Image
 
-from dtnh_jax.finetune.targets import Target
+from dtnh_jax.finetune.target import Splits, Target
 
 # Letters of shapes: n examples, b of them in a batch, h by w pixels of c channels.
 Batch = dict[str, Any]  # arrays
 VIEWS = 4  # of an example, see `views`
-
-
-class Splits(NamedTuple):
-    """Indices into one target, ascending and without an overlap."""
-
-    train: Int[np.ndarray, " train"]
-    validation: Int[np.ndarray, " validation"]
-    test: Int[np.ndarray, " test"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -3,8 +3,10 @@
 config.json        the options; another configuration needs another folder
 machine.json       what it ran on, and when it began
 metrics.jsonl      a line for every step of every method and seed
+tensorboard/       the same for TensorBoard, a folder for every method and seed
 cells/             the result of every method and seed that is complete
 checkpoints/       of the one that is in training
+weights/           the fine-tuned networks, see `trained`
 prepared/          the teacher's features and estimates of a seed, until the end
 tune/              metrics and cells of `--tune`
 results.json, report.md and figures, at the end
@@ -15,8 +17,6 @@ import os
 import pathlib
 import shutil
 from typing import Any
-
-import orbax.checkpoint as ocp
 
 from dtnh_jax.finetune.config import Config, identity
 
@@ -54,18 +54,11 @@ class Folder:
     def finish(self, cell: str, result: dict[str, Any]) -> None:
         """Writes the result of a cell, and deletes its checkpoints."""
         write_json(self.path / "cells" / f"{cell}.json", result)
-        shutil.rmtree(self.path / "checkpoints" / cell, ignore_errors=True)
+        shutil.rmtree(self.checkpoints(cell), ignore_errors=True)
 
-    def checkpoints(self, cell: str, every: int) -> ocp.CheckpointManager:
-        """Opens the checkpoints of a cell; the last two are kept."""
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=2,
-            save_interval_steps=every,
-            # In the background, the next step would donate what is being written.
-            enable_async_checkpointing=False,
-        )
-        path = (self.path / "checkpoints" / cell).absolute()
-        return ocp.CheckpointManager(path, options=options)
+    def checkpoints(self, cell: str) -> pathlib.Path:
+        """Where the checkpoints of a cell are, while it is in training."""
+        return self.path / "checkpoints" / cell
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`, without one that was cut off."""
@@ -98,9 +91,10 @@ def check_folder(config: Config) -> None:
     options = path / "config.json"
     if options.exists():
         try:
-            theirs = json.loads(options.read_text())
+            # A run that is older than an option was made with its default.
+            theirs = {**identity(Config()), **json.loads(options.read_text())}
             differing = [key for key in ours if theirs.get(key) != ours[key]]
-        except (ValueError, AttributeError, OSError) as error:
+        except (ValueError, TypeError, OSError) as error:
             raise ValueError(f"{options} is not readable: {error}.") from error
         if differing:
             key = differing[0]

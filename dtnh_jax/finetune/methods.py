@@ -2,7 +2,9 @@
 
 A method is called `<regularizer>` where the two gradients are simply added, and
 `<regularizer>+<rule>` where a rule resolves their conflicts first. So a pair of those
-differs by the rule alone. `scratch`, `fine-tuning` and `lora` have no regularizer.
+differs by the rule alone. `<regularizer>+never_hurt` takes more than a rule: it keeps
+moving averages of the loss gradient. `scratch`, `fine-tuning` and `lora` have no
+regularizer.
 """
 
 from collections.abc import Callable, Sequence
@@ -50,6 +52,11 @@ class Method(NamedTuple):
     regularizer: str | None = None
     rule: str | None = None
     has_adapters: bool = False
+
+    @property
+    def never_hurts(self) -> bool:
+        """Whether it is `dtnh_jax.never_hurt` that adds the regularizer."""
+        return self.rule == NEVER_HURT
 
     @property
     def plain(self) -> str | None:
@@ -154,7 +161,7 @@ REGULARIZERS = {
         of_batch=lambda seen, _: regularizers.batch_spectral_shrinkage(seen.pooled),
     ),
 }
-ADDED = "sum"
+ADDED, NEVER_HURT = "sum", "never_hurt"
 RULES: dict[str, rules.Rule] = {ADDED: rules.weighted_sum, "dtnh": rules.dtnh}
 
 
@@ -183,7 +190,11 @@ METHODS = {
         Method("scratch", is_pretrained=False),
         Method("fine-tuning"),
         Method("lora", has_adapters=True),
-        *(_regularized(name, rule) for name in REGULARIZERS for rule in RULES),
+        *(
+            _regularized(name, rule)
+            for name in REGULARIZERS
+            for rule in (*RULES, NEVER_HURT)
+        ),
     )
 }
 # What is compared unless `--methods` says otherwise; `all` there means `METHODS`.

@@ -232,6 +232,8 @@ class InvertedResidual(nn.Module):
 class EfficientNetLite0(nn.Module):
     """EfficientNet-Lite0: EfficientNet-B0 with relu6, without squeeze-and-excitation.
 
+    With `lite.STAGES["efficientnet-lite1"]` it is EfficientNet-Lite1, which is deeper.
+
     Collections: "params"; "batch_stats", updated with `train=True` if mutable; and
     what the classifier sees, `pooled`, in "intermediates" for a caller who makes that
     collection mutable. Block `b` of stage `s` is the submodule `stage_s_block_b`, and
@@ -243,6 +245,7 @@ class EfficientNetLite0(nn.Module):
       num_classes: number of logits.
       dropout_rate: of the pooled features in training, from the stream "dropout".
       dtype: of the computation; parameters are float32.
+      stages: the blocks, from the images to the head.
 
     Example:
       >>> model = EfficientNetLite0(num_classes=10)
@@ -259,6 +262,7 @@ class EfficientNetLite0(nn.Module):
     num_classes: int
     dropout_rate: float = 0.2
     dtype: Any = jnp.float32
+    stages: tuple[Stage, ...] = LITE0_STAGES
 
     @nn.compact
     def __call__(
@@ -269,7 +273,7 @@ class EfficientNetLite0(nn.Module):
         conv = partial(nn.Conv, use_bias=False, dtype=self.dtype, padding="SAME")
         x = conv(32, (3, 3), strides=2, name="stem")(images)
         x = nn.relu6(norm(name="stem_norm")(x))
-        for number, stage in enumerate(LITE0_STAGES, start=1):
+        for number, stage in enumerate(self.stages, start=1):
             for block in range(stage.blocks):
                 stride = stage.stride if block == 0 else 1
                 name = f"stage_{number}_block_{block + 1}"

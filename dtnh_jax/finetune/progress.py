@@ -52,6 +52,8 @@ def note(line: dict[str, Any]) -> str:
     parts = [f"loss {line['loss']:.3f}"]
     if "cosine" in line:
         parts.append(f"cosine {line['cosine']:+.2f}")
+    if "conflict" in line:
+        parts.append(f"in conflict {100 * line['conflict']:.0f}%")
     return ", ".join([*parts, f"{line['images_per_second']:.0f} images/s"])
 
 

@@ -11,9 +11,9 @@ from rich.table import Table
 
 from dtnh_jax import plots
 from dtnh_jax.finetune import data
-from dtnh_jax.finetune.experiment import Experiment
 from dtnh_jax.finetune.folder import Folder, write_json
 from dtnh_jax.finetune.methods import METHODS
+from dtnh_jax.finetune.preparation import Experiment
 from dtnh_jax.finetune.results import plain
 from dtnh_jax.finetune.statistics import estimate
 
@@ -24,9 +24,16 @@ def introduction(experiment: Experiment, folder: Folder) -> list[str]:
     """What is about to be done, with what, and under which licences."""
     config = experiment.config
     trainings = f"{len(config.methods)} methods x {config.seeds} seeds"
+    classes = len(experiment.target.class_names)
+    original = len(experiment.variables["params"]["head"]["bias"])
     return [
         f"Source {experiment.source.name}: {experiment.source.licence}",
         f"Target {experiment.target.name}: {experiment.target.licence}",
+        *experiment.target.notes,
+        f"Head: the source's, of {original} classes, is replaced by one of {classes}",
+        f"Pictures of each class: {config.train_per_class} for training, "
+        f"{config.validation_per_class} for validation, {config.test_per_class} to "
+        "test on",
         f"{trainings} of {experiment.steps} steps; folder {folder.path}",
     ]
 
@@ -62,7 +69,7 @@ def _photographs(experiment: Experiment, cells: list[dict[str, Any]]) -> Any:
     each = max(_PHOTOGRAPHS // classes, 1)
     chosen = np.concatenate(
         [np.flatnonzero(labels == label)[:each] for label in range(classes)]
-    )
+    )[:_PHOTOGRAPHS]
     shown = data.materialize(target, splits.test[chosen], 150)
     predictions = {
         cell["method"]: [cell["predictions"][i] for i in chosen]
@@ -129,7 +136,7 @@ def show(console: Console, results: dict[str, Any], folder: pathlib.Path) -> Non
     for row in body:
         table.add_row(*row)
     console.print(table)
-    for note in _notes(results):
+    for note in notes(results):
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     console.print(
         f"Report: {folder / 'report.md'}", markup=False, highlight=False, soft_wrap=True
@@ -160,14 +167,16 @@ def _tuning_rows(
     return ["method", "strength", "accuracy", ""], body
 
 
-def _notes(results: dict[str, Any]) -> list[str]:
+def notes(results: dict[str, Any]) -> list[str]:
     """What the numbers of the table are, in full sentences."""
     config = results["config"]
     seeds, classes = config["seeds"], len(results["class_names"])
-    notes = [
+    drawn = results.get("draws_training_set", True)  # older results do not say
+    differ, share = ("training images, ", "") if drawn else ("", "training images and ")
+    sentences = [
         f"Mean and standard deviation over {seeds} seeds, differences between methods "
         "of one seed with the 95% t-interval of their mean, in percentage points. "
-        "Seeds differ in training images, head, order and dropout, and share the test "
+        f"Seeds differ in {differ}head, order and dropout, and share the {share}test "
         "set."
         if seeds > 1
         else "One seed: it says nothing about another.",
@@ -179,10 +188,10 @@ def _notes(results: dict[str, Any]) -> list[str]:
         "Cosine and share in conflict are means over training.",
     ]
     for kind in ("source", "target"):
-        notes.append(
+        sentences.append(
             f"{kind.capitalize()} {results[kind]['name']}: {results[kind]['licence']}"
         )
-    return notes
+    return sentences
 
 
 def _markdown(
@@ -199,7 +208,7 @@ def _markdown(
     parts = [
         f"# {experiment.source.name} on {experiment.target.name}",
         _markdown_table(*rows(results)),
-        *_notes(results),
+        *notes(results),
         f"Measured on {machine['date']}, {machine['device']} with "
         f"{machine['cpu_count']} cores, {machine['platform']}, Python "
         f"{machine['python']}, jax {machine['jax']}; training and testing took "

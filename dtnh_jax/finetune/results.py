@@ -11,9 +11,9 @@ import jax
 import numpy as np
 
 from dtnh_jax.finetune.config import identity
-from dtnh_jax.finetune.experiment import Experiment
 from dtnh_jax.finetune.folder import Folder
 from dtnh_jax.finetune.methods import METHODS
+from dtnh_jax.finetune.preparation import Experiment
 from dtnh_jax.finetune.statistics import Estimate, estimate
 
 
@@ -66,6 +66,9 @@ def summarize(
         "source": _name_and_licence(experiment.source),
         "target": _name_and_licence(experiment.target),
         "class_names": list(experiment.target.class_names),
+        # Whether there is more to draw from than a seed trains with.
+        "draws_training_set": len(experiment.splits.train)
+        > (config.train_per_class or 0) * len(experiment.target.class_names),
         "methods": methods,
         "differences": differences(by_method),
         "tuning": tuning,
@@ -74,6 +77,7 @@ def summarize(
             for cell in cells
         ],
         "measured": {
+            "mesh": dict(experiment.mesh.shape),
             "machine": json.loads((folder.path / "machine.json").read_text()),
             "seconds": {
                 f"{cell['method']}-seed{cell['seed']}": cell["seconds"]

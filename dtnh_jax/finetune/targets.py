@@ -1,6 +1,5 @@
 """What can be fine-tuned on: classification tasks that are read by index."""
 
-import dataclasses
 import io
 import os
 import pathlib
@@ -10,39 +9,20 @@ from typing import Any
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
-from jaxtyping import Int
 from PIL import Image
 
 from dtnh_jax.finetune import elpv
-
-# Letters of shapes: n examples, h by w pixels of c channels.
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Target:
-    """A classification task, not yet split, resized or in memory.
-
-    Attributes:
-      name: what `load_target` knows it by.
-      licence: one line to print wherever the data is used.
-      class_names: the name of each label, in the order of labels.
-      examples: read by index; gives `{"image": uint8 [h, w, c], "label": int}`, with
-        1 or 3 channels. Sizes may differ from one example to the next.
-      labels: the label of every example, so that `split` decodes no image.
-    """
-
-    name: str
-    licence: str
-    class_names: tuple[str, ...]
-    examples: grain.sources.RandomAccessDataSource
-    labels: Int[np.ndarray, " n"]
+from dtnh_jax.finetune.class_folders import load_folder
+from dtnh_jax.finetune.target import Target
+from dtnh_jax.finetune.tfds_target import load_tfds
 
 
 def load_target(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Target:
     """Opens a target, and prepares it on disk the first time.
 
     Args:
-      name: one of `TARGETS`.
+      name: one of `TARGETS`, `folder:PATH` (see `load_folder`), or `tfds:NAME` (see
+        `load_tfds`).
       data_dir: directory of prepared data sets. By default the environment variable
         `DTNH_DATA_DIR`, and without it `dtnh_jax` in the user's cache directory
         (`XDG_CACHE_HOME`, or `~/.cache`).
@@ -51,14 +31,30 @@ def load_target(name: str, *, data_dir: str | os.PathLike[str] | None = None) ->
       The target.
 
     Raises:
-      ValueError: `name` is unknown.
+      ValueError: `name` is unknown, or what it names is no set of pictures in classes.
       TargetUnavailableError: a package that the target is read from is missing.
     """
-    if name not in TARGETS:
-        known = ", ".join(repr(known) for known in TARGETS)
+    if not is_target(name):
+        known = ", ".join(repr(known) for known in (*TARGETS, *FAMILIES))
         raise ValueError(f"`name` must be one of {known}, got {name!r}.")
     directory = default_data_dir() if data_dir is None else pathlib.Path(data_dir)
-    return TARGETS[name](directory.expanduser())
+    directory = directory.expanduser()
+    if name in TARGETS:
+        return TARGETS[name](directory)
+    family, member = _family(name)
+    return FAMILIES[family](member, directory)
+
+
+def is_target(name: str) -> bool:
+    """Whether `load_target` knows what a name is of, without looking whether it is."""
+    return name in TARGETS or _family(name)[0] in FAMILIES
+
+
+def _family(name: str) -> tuple[str, str]:
+    """Returns the key of `FAMILIES` that a name is of, or "", and what follows."""
+    family, _, member = name.partition(":")
+    known = (key for key in FAMILIES if member and key.startswith(f"{family}:"))
+    return next(known, ""), member
 
 
 def default_data_dir() -> pathlib.Path:
@@ -99,3 +95,8 @@ def _decode(example: dict[str, Any]) -> dict[str, Any]:
 
 # A new target is a function of the directory for prepared data, and a row here.
 TARGETS: dict[str, Callable[[pathlib.Path], Target]] = {"elpv": _load_elpv}
+# And these open whatever of a kind is named after the colon.
+FAMILIES: dict[str, Callable[[str, pathlib.Path], Target]] = {
+    "folder:PATH": lambda path, data_dir: load_folder(path),
+    "tfds:NAME": load_tfds,
+}

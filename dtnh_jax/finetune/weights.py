@@ -1,69 +1,25 @@
 """Reads PyTorch checkpoints without PyTorch, and without trusting them.
 
-A pickle is a program. This module does not hand it to `pickle`: it interprets the few
-opcodes that `torch.save` writes for a dictionary of tensors, refuses the others, and
-never calls what a file names. The format is the one before the zip files of PyTorch
-1.6: three small pickles (magic number, version, sizes of types), the pickled
-dictionary, the pickled keys of its storages, and then the storages, each a count
-followed by that many elements.
+The format is the one before the zip files of PyTorch 1.6: three small pickles (magic
+number, version, sizes of types), the pickled dictionary, the pickled keys of its
+storages, and then the storages, each a count followed by that many elements. What is
+done with the pickles is in `pickles`.
 """
 
-import io
 import math
 import os
 import pickle
 import struct
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 
+from dtnh_jax.finetune.pickles import Pickles, Storage, Tensor, WeightsError
+
+__all__ = ["WeightsError", "read_torch_checkpoint"]
+
 _MAGIC = 0x1950A86A20F9469CFC6C
 _VERSION = 1001
-# Bounds what pickles of one-byte opcodes can allocate; Lite0 takes 10 thousand.
-_MAX_OPCODES = 1_000_000
-_DTYPES = {
-    "DoubleStorage": "<f8",
-    "FloatStorage": "<f4",
-    "HalfStorage": "<f2",
-    "LongStorage": "<i8",
-    "IntStorage": "<i4",
-    "ShortStorage": "<i2",
-    "CharStorage": "<i1",
-    "ByteStorage": "<u1",
-}
-_MARK = object()
-
-
-class WeightsError(ValueError):
-    """A file of weights is damaged, or holds what is not admitted."""
-
-
-class _Global(NamedTuple):
-    """A name the pickle looked up: only ever compared, never imported."""
-
-    module: str
-    name: str
-
-
-_ORDERED_DICT = _Global("collections", "OrderedDict")
-_TENSOR = _Global("torch._utils", "_rebuild_tensor_v2")
-_ADMITTED = {_ORDERED_DICT, _TENSOR, *(_Global("torch", name) for name in _DTYPES)}
-
-
-class _Storage(NamedTuple):
-    key: str
-    dtype: str
-    size: int  # in elements
-
-
-class _Tensor(NamedTuple):
-    """A view of a storage that is read later; offset and strides in elements."""
-
-    storage: _Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
 
 
 def read_torch_checkpoint(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -105,7 +61,7 @@ def _read(content: bytes) -> dict[str, np.ndarray]:
             "a zip file, but only the legacy format is read; save it again with "
             "`torch.save(..., _use_new_zipfile_serialization=False)`."
         )
-    pickles = _Pickles(content)
+    pickles = Pickles(content)
     if not content.startswith(pickle.PROTO) or pickles.load() != _MAGIC:
         raise WeightsError("not a PyTorch checkpoint: the magic number is missing.")
     if (version := pickles.load()) != _VERSION:
@@ -126,8 +82,8 @@ def _read(content: bytes) -> dict[str, np.ndarray]:
 
 
 def _read_storages(
-    data: memoryview, storages: list[_Storage]
-) -> dict[_Storage, np.ndarray]:
+    data: memoryview, storages: list[Storage]
+) -> dict[Storage, np.ndarray]:
     arrays = {}
     for storage in storages:
         # Sizes are checked against the bytes that are there before any allocation.
@@ -153,9 +109,9 @@ def _read_storages(
 
 
 def _view(
-    name: object, value: object, storages: dict[_Storage, np.ndarray]
+    name: object, value: object, storages: dict[Storage, np.ndarray]
 ) -> np.ndarray:
-    if not isinstance(name, str) or not isinstance(value, _Tensor):
+    if not isinstance(name, str) or not isinstance(value, Tensor):
         raise WeightsError(f"entry {name!r:.100} is no tensor.")
     flat = storages[value.storage]
     if 0 in value.shape:
@@ -172,187 +128,3 @@ def _view(
     return np.lib.stride_tricks.as_strided(
         flat[value.offset :], value.shape, strides, writeable=False
     )
-
-
-class _Pickles:
-    """Interprets the pickles at the start of a file, one `load` after another."""
-
-    def __init__(self, content: bytes):
-        self._stream = io.BytesIO(content)
-        self._opcodes = 0
-        self.storages: dict[str, _Storage] = {}
-
-    @property
-    def position(self) -> int:
-        return self._stream.tell()
-
-    def load(self) -> Any:
-        """Returns the value of the next pickle."""
-        stack: list[Any] = []
-        memo: dict[int, Any] = {}
-        while (opcode := self._take(1)) != pickle.STOP:
-            self._opcodes += 1
-            if self._opcodes > _MAX_OPCODES:
-                raise WeightsError(f"more than {_MAX_OPCODES} opcodes.")
-            self._step(opcode, stack, memo)
-        (value,) = stack
-        return value
-
-    def _step(self, opcode: bytes, stack: list[Any], memo: dict[int, Any]) -> None:
-        match opcode:
-            case pickle.PROTO:
-                self._take(1)
-            case pickle.MARK:
-                stack.append(_MARK)
-            case pickle.BINPUT:
-                memo[self._integer("<B")] = stack[-1]
-            case pickle.LONG_BINPUT:
-                memo[self._integer("<I")] = stack[-1]
-            case pickle.BINGET:
-                stack.append(memo[self._integer("<B")])
-            case pickle.LONG_BINGET:
-                stack.append(memo[self._integer("<I")])
-            case pickle.NONE:
-                stack.append(None)
-            case pickle.NEWTRUE:
-                stack.append(True)
-            case pickle.NEWFALSE:
-                stack.append(False)
-            case pickle.BININT1:
-                stack.append(self._integer("<B"))
-            case pickle.BININT2:
-                stack.append(self._integer("<H"))
-            case pickle.BININT:
-                stack.append(self._integer("<i"))
-            case pickle.LONG1:
-                digits = self._take(self._integer("<B"))
-                stack.append(int.from_bytes(digits, "little", signed=True))
-            case pickle.BINUNICODE:
-                stack.append(self._take(self._integer("<I")).decode())
-            case pickle.EMPTY_TUPLE:
-                stack.append(())
-            case pickle.EMPTY_LIST:
-                stack.append([])
-            case pickle.EMPTY_DICT:
-                stack.append({})
-            case pickle.TUPLE:
-                stack.append(tuple(_pop_to_mark(stack)))
-            case pickle.TUPLE1:
-                stack.append((stack.pop(),))
-            case pickle.TUPLE2:
-                stack[-2:] = [(stack[-2], stack[-1])]
-            case pickle.TUPLE3:
-                stack[-3:] = [(stack[-3], stack[-2], stack[-1])]
-            case pickle.APPEND:
-                _extend(stack, [stack.pop()])
-            case pickle.APPENDS:
-                _extend(stack, _pop_to_mark(stack))
-            case pickle.SETITEM:
-                value, key = stack.pop(), stack.pop()
-                _update(stack, [key, value])
-            case pickle.SETITEMS:
-                _update(stack, _pop_to_mark(stack))
-            case pickle.GLOBAL:
-                stack.append(self._global())
-            case pickle.BINPERSID:
-                stack.append(self._storage(stack.pop()))
-            case pickle.REDUCE:
-                arguments, function = stack.pop(), stack.pop()
-                stack.append(_reduce(function, arguments))
-            case pickle.BUILD:
-                # Attributes of the dictionary, such as torch's `_metadata`: dropped.
-                stack.pop()
-                _top(stack, dict)
-            case _:
-                raise WeightsError(f"refused the pickle opcode {opcode!r}.")
-
-    def _take(self, count: int) -> bytes:
-        taken = self._stream.read(count)
-        if len(taken) < count:
-            raise WeightsError(
-                f"truncated: {count} bytes wanted, {len(taken)} are left."
-            )
-        return taken
-
-    def _integer(self, layout: str) -> int:
-        return struct.unpack(layout, self._take(struct.calcsize(layout)))[0]
-
-    def _global(self) -> _Global:
-        module, name = self._stream.readline(), self._stream.readline()
-        if not name.endswith(b"\n"):
-            raise WeightsError("truncated in a global name.")
-        found = _Global(module[:-1].decode(), name[:-1].decode())
-        if found not in _ADMITTED:
-            raise WeightsError(
-                f"refused the global `{found.module:.100}.{found.name:.100}`."
-            )
-        return found
-
-    def _storage(self, identity: Any) -> _Storage:
-        """Returns the storage of ("storage", type, key, device, size, view)."""
-        match identity:
-            case (
-                "storage",
-                _Global("torch", name),
-                str(key),
-                str(),
-                int(size),
-                None,
-            ) if type(size) is int and 0 <= size < 2**63:
-                storage = _Storage(key, _DTYPES[name], size)
-            case _:
-                raise WeightsError("refused a persistent id that is no plain storage.")
-        if self.storages.setdefault(key, storage) != storage:
-            raise WeightsError(f"storage {key!r:.50} has two types or sizes.")
-        return storage
-
-
-def _pop_to_mark(stack: list[Any]) -> list[Any]:
-    """Removes what is above the last mark, and the mark; returns what was above."""
-    above = []
-    while (item := stack.pop()) is not _MARK:
-        above.append(item)
-    return above[::-1]
-
-
-def _top(stack: list[Any], kind: type) -> Any:
-    if type(stack[-1]) is not kind:
-        raise WeightsError(f"a pickle changes something that is no {kind.__name__}.")
-    return stack[-1]
-
-
-def _extend(stack: list[Any], items: list[Any]) -> None:
-    _top(stack, list).extend(map(_string, items))
-
-
-def _update(stack: list[Any], items: list[Any]) -> None:
-    target, keys, values = _top(stack, dict), items[::2], items[1::2]
-    if len(keys) != len(values):
-        raise WeightsError("a pickle sets a key without a value.")
-    target.update(zip(map(_string, keys), values))
-
-
-def _string(key: object) -> str:
-    # Tuples in tuples could take exponential time, or all of the C stack, to hash.
-    if type(key) is not str:
-        raise WeightsError(f"a key of type {type(key).__name__}, not str.")
-    return key
-
-
-def _reduce(function: object, arguments: Any) -> Any:
-    """Returns what a call of one of the two admitted functions stands for."""
-    # The type is checked too, because a pickle can build an equal tuple itself.
-    if isinstance(function, _Global) and function == _ORDERED_DICT and arguments == ():
-        return {}
-    if isinstance(function, _Global) and function == _TENSOR:
-        match arguments:
-            case (_Storage() as storage, int(offset), tuple(shape), tuple(strides), *_):
-                numbers = (offset, *shape, *strides)
-                if (
-                    len(shape) == len(strides) <= 32
-                    and all(type(n) is int and n >= 0 for n in numbers)
-                    and max(numbers) < 2**63
-                ):
-                    return _Tensor(storage, offset, shape, strides)
-        raise WeightsError("refused a tensor with unusual arguments.")
-    raise WeightsError("refused a call of something else than a tensor's maker.")

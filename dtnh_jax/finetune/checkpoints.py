@@ -1,0 +1,109 @@
+"""Checkpoints of a training: Orbax writes them, digests tell which of them are whole.
+
+A step's folder gets a list of its files with their digests last of all. So what was cut
+off, overwritten or has bits that fell over is noticed before anything is made of it.
+"""
+
+import hashlib
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+_DIGESTS = "digests.json"
+
+
+class NotSavedError(OSError):
+    """A checkpoint could not be written."""
+
+
+def open_checkpoints(path: pathlib.Path, every: int) -> ocp.CheckpointManager:
+    """Opens a folder of checkpoints, of which the last two are kept.
+
+    Args:
+      path: new or not. All processes have to see it.
+      every: steps between two checkpoints.
+    """
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=2,
+        save_interval_steps=every,
+        # In the background, the next step would donate what is being written.
+        enable_async_checkpointing=False,
+    )
+    return ocp.CheckpointManager(path.absolute(), options=options)
+
+
+def save(
+    manager: ocp.CheckpointManager, step: int, arrays: Any, *, force: bool = False
+) -> None:
+    """Saves a step, if it is the turn of one or `force` is given.
+
+    Raises:
+      NotSavedError: an OSError, where the disk is full or the like. Earlier
+        checkpoints are as they were.
+    """
+    path = pathlib.Path(manager.directory) / str(step)
+    try:
+        if not manager.save(step, args=ocp.args.StandardSave(arrays), force=force):
+            return
+        if jax.process_index() == 0:
+            digests = {str(f.relative_to(path)): _digest(f) for f in _files(path)}
+            partial = path / f"{_DIGESTS}.partial"
+            partial.write_text(json.dumps(digests))
+            partial.replace(path / _DIGESTS)
+    except jax.errors.JaxRuntimeError:
+        raise  # another process is gone
+    except (OSError, ValueError, RuntimeError) as error:  # Orbax raises any of these
+        raise NotSavedError(
+            f"the checkpoint of step {step} can not be written to {path.parent}: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from error
+
+
+def newest_whole(path: pathlib.Path) -> tuple[int | None, list[str]]:
+    """Finds the newest step whose files are as they were written, deletes later ones.
+
+    Args:
+      path: of a folder of checkpoints, which may be missing.
+
+    Returns:
+      The step, or None, and a warning for each checkpoint that was deleted.
+    """
+    warnings = []
+    names = [f.name for f in path.iterdir()] if path.is_dir() else []
+    for step in sorted((int(name) for name in names if name.isdigit()), reverse=True):
+        damage = _damage(path / str(step))
+        if damage is None:
+            return step, warnings
+        warnings.append(
+            f"the checkpoint of step {step} is left out: {damage} in "
+            f"{path / str(step)} is not as it was written"
+        )
+        shutil.rmtree(path / str(step))
+    return None, warnings
+
+
+def _damage(path: pathlib.Path) -> str | None:
+    """Names the first file that is not as it was written, or returns None."""
+    try:
+        digests = json.loads((path / _DIGESTS).read_text())
+        for name, digest in digests.items():
+            if _digest(path / name) != digest:
+                return name
+    except FileNotFoundError as error:
+        return pathlib.Path(error.filename).name
+    except (OSError, ValueError, AttributeError):
+        return _DIGESTS
+    return None
+
+
+def _files(path: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(file for file in path.rglob("*") if file.is_file())
+
+
+def _digest(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()

@@ -1,0 +1,134 @@
+"""How arrays are spread over devices, those of this process and of others.
+
+Parameters, the state of the optimizer and the pretrained weights are cut over the axis
+`fsdp`, batches over both axes. JAX moves what steps need. One device is a mesh of one.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp")
+
+
+def make_mesh(sizes: Mapping[str, int] | None = None) -> Mesh:
+    """Arranges devices in a mesh with the axes `data` and `fsdp`.
+
+    Args:
+      sizes: of the axes; one that is missing is 1. By default all devices of all
+        processes along `data`, and one device where there is one process.
+
+    Returns:
+      A mesh whose axes the compiler takes care of.
+
+    Raises:
+      ValueError: there are fewer devices, or it leaves out those of some process.
+
+    Example:
+      >>> make_mesh({"fsdp": 1}).shape
+      OrderedDict({'data': 1, 'fsdp': 1})
+    """
+    devices = jax.devices()
+    several = jax.process_count() > 1
+    if not sizes:
+        sizes = {"data": len(devices) if several else 1}
+    shape = tuple(sizes.get(axis, 1) for axis in AXES)
+    count = math.prod(shape)
+    if count > len(devices) or (several and count < len(devices)):
+        bound = "exactly" if several else "at most"
+        raise ValueError(
+            f"`--mesh` must take {bound} {len(devices)} devices, all that JAX sees "
+            f"({devices[0].platform}), got {shown(dict(zip(AXES, shape)))}."
+        )
+    kinds = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(shape, AXES, devices=devices[:count], axis_types=kinds)
+
+
+def shown(sizes: Mapping[str, int]) -> str:
+    """Writes the sizes of a mesh as `--mesh` takes them."""
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items())
+
+
+def sharding_of(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Where the parts of an array live: its longest axis that can be is cut by `fsdp`.
+
+    The shape alone decides, so a parameter, its moments and its pretrained value are
+    in the same place. An array that can not be cut is whole on every device.
+    """
+    parts = mesh.shape["fsdp"]
+    fitting = [axis for axis, n in enumerate(shape) if n and n % parts == 0]
+    if parts == 1 or not fitting:
+        return NamedSharding(mesh, P())
+    longest = max(fitting, key=lambda axis: (shape[axis], axis))
+    return NamedSharding(mesh, P(*[None] * longest, "fsdp"))
+
+
+def constrain(mesh: Mesh, tree: Any) -> Any:
+    """Has a traced tree be spread as `place` does."""
+    return jax.tree.map(
+        lambda x: jax.lax.with_sharding_constraint(x, sharding_of(mesh, x.shape)), tree
+    )
+
+
+def whole(mesh: Mesh, tree: Any) -> Any:
+    """Has a traced tree be whole on every device, so that every process can read it."""
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P()))
+
+
+def place(mesh: Mesh, tree: Any) -> Any:
+    """Spreads a tree of arrays that every process has; each keeps its own parts."""
+
+    def put(x):
+        x = np.asarray(x)
+        sharding = sharding_of(mesh, x.shape)
+        return jax.make_array_from_callback(x.shape, sharding, lambda at: x[at])
+
+    return jax.tree.map(put, tree)
+
+
+def place_rows(mesh: Mesh, batch: Any) -> Any:
+    """Spreads a batch that every process has whole; its length fits the mesh."""
+    rows = NamedSharding(mesh, P(AXES))
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, rows, lambda at: x[at]), batch
+    )
+
+
+def batches(
+    mesh: Mesh, blocks_of: Callable[[int], grain.MapDataset], batch_size: int
+) -> grain.MapDataset:
+    """Reads of every batch the rows that this process's devices train on.
+
+    A batch is cut into a block for each device. However many devices and processes
+    there are, all blocks together are the batch that one device would see, row by row.
+
+    Args:
+      mesh: what the batch is spread over.
+      blocks_of: maps the size of a block to an endless dataset of blocks.
+      batch_size: rows of a batch, a multiple of the devices.
+
+    Returns:
+      A dataset whose element at `step` is that step's batch, of arrays on the mesh.
+    """
+    rows = NamedSharding(mesh, P(AXES))
+    places = rows.addressable_devices_indices_map((mesh.size,)).values()
+    own = sorted({at[0].start or 0 for at in places if at is not None})
+    blocks = blocks_of(batch_size // mesh.size)
+
+    def joined(*parts):
+        local = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        shape = (batch_size, *local.shape[1:])
+        return jax.make_array_from_process_local_data(rows, local, shape)
+
+    def read(step: int) -> Any:
+        found = [blocks[step * mesh.size + block] for block in own]
+        return jax.tree.map(joined, *found)
+
+    return grain.MapDataset.range(sys.maxsize // mesh.size).map(read)

@@ -1,0 +1,205 @@
+"""The page of `dtnh report`, as a reader of HTML sees it."""
+
+import base64
+import html.parser
+import io
+
+import pytest
+from PIL import Image
+
+from dtnh_jax.finetune import report
+from dtnh_jax.finetune.__main__ import main
+from dtnh_jax.finetune.config import Config, identity
+from dtnh_jax.finetune.folder import write_json
+from dtnh_jax.finetune.html_report import page, read_run
+
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+
+
+class Reader(html.parser.HTMLParser):
+    """Collects tables, pictures and references; fails where tags do not match."""
+
+    def __init__(self):
+        super().__init__(convert_charrefs=True)
+        self.stack, self.tables, self.attributes = [], [], []
+        self.text, self.marked, self.pictures = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.attributes += [(tag, *pair) for pair in attributes.items()]
+        if tag == "img":
+            self.pictures.append(attributes)
+        if tag not in VOID:
+            self.stack.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+            if attributes.get("class") == "best":
+                self.marked.append(self.tables[-1][-1])
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data):
+        if self.stack and self.stack[-1] in ("td", "th"):
+            self.tables[-1][-1][-1] += data
+        self.text.append(data)
+
+
+def read(text):
+    reader = Reader()
+    reader.feed(text)
+    reader.close()
+    assert reader.stack == []
+    return reader
+
+
+def picture(colour):
+    file = io.BytesIO()
+    Image.new("RGB", (3, 2), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def results(accuracy, **options):
+    config = Config(methods=("fine-tuning", "l2_sp+dtnh"), seeds=2, **options)
+
+    def level(mean):
+        return {"mean": mean, "std": 0.01, "low": mean - 0.05, "high": mean + 0.05}
+
+    methods = {
+        "fine-tuning": {"accuracy": level(accuracy), "balanced_accuracy": level(0.5)},
+        "l2_sp+dtnh": {
+            "accuracy": level(accuracy + 0.02),
+            "balanced_accuracy": level(0.5),
+            "cosine": -0.012,
+            "conflict": 0.61,
+            "removed": 0.1,
+        },
+    }
+    return {
+        "config": identity(config),
+        "strengths": config.strengths,
+        "steps": 36,
+        "source": {"name": "tiny", "licence": "none"},
+        "target": {"name": "folder:<b>photos</b>", "licence": "CC & co"},
+        "class_names": ["cup", "mug"],
+        "methods": methods,
+        "differences": [
+            {
+                "method": "l2_sp+dtnh",
+                "minus": "fine-tuning",
+                "by_seed": [0.02, 0.02],
+                "accuracy": level(0.02),
+            }
+        ],
+        "tuning": None,
+        "cells": [{"accuracy": accuracy, "balanced_accuracy": 0.5}],
+    }
+
+
+@pytest.fixture
+def runs(tmp_path):
+    made = []
+    for name, colour, accuracy, options in (
+        ("one", "red", 0.7, {}),
+        ("two", "blue", 0.8, {"scope": "leaf", "steps": 99}),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        write_json(folder / "results.json", results(accuracy, **options))
+        (folder / "accuracy.png").write_bytes(picture(colour))
+        made.append(folder)
+    return made
+
+
+def test_two_runs_are_compared(runs, tmp_path, capsys):
+    output = tmp_path / "page.html"
+    arguments = ["report", *map(str, runs), "--output", str(output)]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.strip() == str(output)
+    reader = read(output.read_text(encoding="utf-8"))
+    overview, differing, *tables = reader.tables
+    header, *rows = overview
+    assert header == [
+        *("method", "run", "source", "target", "accuracy (%)", "95%", "in conflict")
+    ]
+    name = str(runs[1])
+    assert rows[3] == [
+        *("l2_sp+dtnh", name, "tiny", "folder:<b>photos</b>"),
+        *("82.0", "77.0 to 87.0", "61%"),
+    ]
+    assert [row[0:2] for row in reader.marked] == [["l2_sp+dtnh", name]]
+    assert differing[0] == ["option", str(runs[0]), name]
+    assert {row[0]: row[1:] for row in differing[1:]} == {
+        "--steps": ["None", "99"],
+        "--scope": ["global", "leaf"],
+    }
+    # Then, for each run, the table of its report and all its options.
+    for (table, options), accuracy in zip((tables[:2], tables[2:]), (0.7, 0.8)):
+        assert table[0][:3] == ["method", "strength", "accuracy"]
+        assert f"{100 * accuracy:.1f} ± 1.0" in table[1]
+        assert ["scope", "leaf" if accuracy == 0.8 else "global"] in options
+    text = "".join(reader.text)
+    assert "CC & co" in text
+    assert "Mean and standard deviation over 2 seeds" in text
+
+
+def test_pictures_are_in_the_page_and_nothing_is_fetched(runs):
+    reader = read(page([read_run(folder) for folder in runs]))
+    kept = []
+    for attributes in reader.pictures:
+        kind, encoded = attributes["src"].split(",", 1)
+        assert kind == "data:image/png;base64"
+        assert attributes["alt"] == "Accuracy by method"
+        with Image.open(io.BytesIO(base64.b64decode(encoded))) as image:
+            kept.append(image.convert("RGB").getpixel((0, 0)))
+    assert kept == [(255, 0, 0), (0, 0, 255)]
+    for _, name, value in reader.attributes:
+        assert name not in ("href", "srcset", "action") or value.startswith("#")
+        assert "//" not in value or name == "src"
+    assert not {tag for tag, *_ in reader.attributes} & {"script", "link", "iframe"}
+
+
+def test_one_run_has_no_comparison(runs):
+    reader = read(page([read_run(runs[0])]))
+    assert len(reader.tables) == 2
+    assert reader.marked == []
+
+
+def test_the_same_options_are_said_to_be_the_same(runs):
+    text = "".join(read(page([read_run(runs[0])] * 2)).text)
+    assert "all have the same options" in text
+
+
+def test_how_strengths_were_chosen(runs):
+    run = read_run(runs[0])
+    run.results["tuning"] = [
+        {"method": "l2_sp", "strength": 0.1, "accuracies": [0.5, 0.75]}
+    ]
+    tables = read(page([run])).tables
+    assert ["l2_sp", "0.1", "62.5"] in tables[1]
+
+
+def test_what_is_no_run_is_refused(tmp_path, runs, capsys):
+    (tmp_path / "matrix").mkdir()
+    write_json(tmp_path / "matrix" / "results.json", [1, 2])
+    for folder in (tmp_path / "none", tmp_path / "matrix"):
+        assert main(["report", str(folder)]) == 2
+        err = capsys.readouterr().err
+        assert "is no run folder that is complete" in err
+        assert err.count("\n") == 1
+    assert main(["report", str(runs[0]), "--output", str(tmp_path / "a" / "b")]) == 2
+    assert "can not be written: No such file" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="needs run folders, got none"):
+        page([])
+
+
+def test_notes_say_whether_seeds_draw_training_images():
+    found = results(0.5)
+    assert "Seeds differ in training images, head" in report.notes(found)[0]
+    found["draws_training_set"] = False
+    said = report.notes(found)[0]
+    assert "Seeds differ in head, order and dropout, and share the training im" in said
