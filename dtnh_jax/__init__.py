@@ -5,6 +5,7 @@ from dtnh_jax._accumulate import accumulate_pairs
 from dtnh_jax._decoupled import decoupled
 from dtnh_jax._never_hurt import NeverHurtState, never_hurt
 from dtnh_jax._protect import ConflictState
+from dtnh_jax._refresh import refreshed_gradient
 from dtnh_jax._resolve import add_regularizer, dtnh, resolve_conflicts
 from dtnh_jax.gradients import GradientPair, value_and_gradient_pair
 from dtnh_jax.metrics import conflict_metrics, first_order_harm
@@ -20,6 +21,7 @@ __all__ = [
     "dtnh",
     "first_order_harm",
     "never_hurt",
+    "refreshed_gradient",
     "regularizers",
     "resolve_conflicts",
     "rules",

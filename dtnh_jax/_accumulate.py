@@ -8,6 +8,7 @@ import optax
 from jaxtyping import Array, Int, PyTree
 
 from dtnh_jax import _trees
+from dtnh_jax._options import check_count
 from dtnh_jax.gradients import GradientPair
 from dtnh_jax.metrics import regularizer_names
 
@@ -59,10 +60,7 @@ def accumulate_pairs(
             "`inner` must be an Optax transformation of pairs, got "
             f"{type(inner).__name__}."
         )
-    if isinstance(every_k, bool) or not isinstance(every_k, int):
-        raise TypeError(f"`every_k` must be an integer, got {every_k!r}.")
-    if every_k < 1:
-        raise ValueError(f"`every_k` must be at least 1, got {every_k}.")
+    check_count("every_k", every_k)
     inner = optax.with_extra_args_support(inner)
 
     def init(params):

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool
 
-from dtnh_jax import _trees, rules
+from dtnh_jax import _axes, _trees, rules
+from dtnh_jax._axes import AxisName
+from dtnh_jax._given import checked_regularizers, given_gradients
 from dtnh_jax._options import Mask, Number, Options, Stages, Strength
 from dtnh_jax._part import Scope
 from dtnh_jax._protect import (
     ConflictState,
-    checked_regularizers,
-    given_gradients,
     init_state,
     regularizer_parts,
 )
@@ -41,6 +41,7 @@ def decoupled(
     reference_decay: Number | None = None,
     trust_ratio: Number | None = None,
     mask: Mask | None = None,
+    axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Lets an optimizer see the loss alone, and adds the regularizer's step to its.
 
@@ -73,6 +74,8 @@ def decoupled(
       trust_ratio: at most how long the regularizer's part may be, as a multiple of the
         norm of the inner optimizer's update `u` in the same group.
       mask: as in `dtnh`.
+      axis_name: as in `dtnh`; the inner optimizer works on what a device holds. A
+        `regularizer_optimizer` adds a sum over devices, of one number.
 
     Returns:
       A complete optimizer; what it returns is added to the parameters.
@@ -112,6 +115,7 @@ def decoupled(
         trust_ratio,
         mask,
         is_coupled=False,
+        axis_name=axis_name,
     )
     regularizers = None
     if regularizer is not None:
@@ -136,12 +140,12 @@ def decoupled(
         own_states = state.regularizer_optimizer
         if of_regularizer is not None:
             stepped = {
-                name: _descent(of_regularizer, get(), own, params)
+                name: _descent(of_regularizer, get(0), own, params, options.axes)
                 for (name, get), own in zip(
                     getters.items(), options.by_name(own_states, "state").values()
                 )
             }
-            getters = {name: lambda r=r: r for name, (r, _) in stepped.items()}
+            getters = {name: lambda _, r=r: r for name, (r, _) in stepped.items()}
             own_states = options.join({name: own for name, (_, own) in stepped.items()})
 
         updates, inner = optimizer.update(loss, state.optimizer, params, **extra_args)
@@ -166,6 +170,7 @@ def _descent(
     grads: optax.Updates,
     state: optax.OptState,
     params: optax.Params | None,
+    axes: tuple[str, ...],
 ) -> tuple[optax.Updates, optax.OptState]:
     """An optimizer's step, as if it were a gradient, and its state.
 
@@ -176,6 +181,7 @@ def _descent(
     finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(step)
               if _trees.is_trainable(x)]  # fmt: skip
     is_finite = jnp.all(jnp.stack([jnp.array(True), *finite]))
+    is_finite = _axes.everywhere(is_finite, axes)
     new_state = jax.tree.map(
         lambda new, old: jnp.where(is_finite, new, old), new_state, state
     )

@@ -7,20 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
-from dtnh_jax import _scopes, _trees, metrics, rules
+from dtnh_jax import _measure, _scopes, _trees, metrics, rules
+from dtnh_jax._axes import AxisName
+from dtnh_jax._given import checked_regularizers, given_gradients, layout_of
 from dtnh_jax._options import Mask, Number, Options, Strength, check_number
-from dtnh_jax._part import Part
-from dtnh_jax._protect import (
-    Groups,
-    add_parts,
-    checked_regularizers,
-    given_gradients,
-    layout_of,
-    resolve_each,
-    rows_of,
-)
+from dtnh_jax._part import Part, over_devices
+from dtnh_jax._protect import Groups, add_parts, resolve_each, rows_of
 from dtnh_jax.regularizers.weights import WeightRegularizer
 
 
@@ -37,6 +31,18 @@ class NeverHurtState(NamedTuple):
     metrics: metrics.ConflictMetrics | dict[str, metrics.ConflictMetrics]
 
 
+class Ingredients(NamedTuple):
+    """What `never_hurt` is made of. Any part can be left out, to measure what it does.
+
+    The first also goes without the average, by `reference_decay=0`: of one gradient
+    there is no knowing how sure it is.
+    """
+
+    confidence: bool = True  # without it: 1 where the signs agree, 0 elsewhere
+    gate: bool = True
+    bound: bool = True
+
+
 def never_hurt(
     strength: Strength | Mapping[str, Strength] = 1.0,
     *,
@@ -44,6 +50,7 @@ def never_hurt(
     reference_decay: Number = 0.9,
     trust_ratio: Number = 1.0,
     mask: Mask | None = None,
+    axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adds a regularizer's gradient as far as it is sure that the loss agrees.
 
@@ -80,6 +87,7 @@ def never_hurt(
       trust_ratio: the most that a regularizer may add to a parameter's gradient, as a
         multiple of `|m|`.
       mask: as in `dtnh`.
+      axis_name: as in `dtnh`. What is measured needs two sums over devices.
 
     Returns:
       A transformation that gives gradients: an optimizer comes after it.
@@ -100,11 +108,39 @@ def never_hurt(
       The direction to protect: Hsieh et al., 2024, "Bloop",
       https://arxiv.org/abs/2402.02998. Confidence and bounds are this library's.
     """
+    return with_ingredients(
+        Ingredients(),
+        strength,
+        regularizer=regularizer,
+        reference_decay=reference_decay,
+        trust_ratio=trust_ratio,
+        mask=mask,
+        axis_name=axis_name,
+    )
+
+
+def with_ingredients(
+    ingredients: Ingredients,
+    strength: Strength | Mapping[str, Strength] = 1.0,
+    *,
+    regularizer: WeightRegularizer | Mapping[str, WeightRegularizer] | None = None,
+    reference_decay: Number = 0.9,
+    trust_ratio: Number = 1.0,
+    mask: Mask | None = None,
+    axis_name: AxisName | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """`never_hurt` with the given parts, for the study of what each of them does."""
     # `None`, which elsewhere means to do without, has no meaning here.
     check_number("reference_decay", reference_decay, below=1.0)
     check_number("trust_ratio", trust_ratio)
     options = Options.checked(
-        [(rules.gate, "leaf")], strength, "global", reference_decay, trust_ratio, mask
+        [(rules.gate, "leaf")],
+        strength,
+        "global",
+        reference_decay,
+        trust_ratio,
+        mask,
+        axis_name=axis_name,
     )
     pulls = None
     if regularizer is not None:
@@ -129,35 +165,58 @@ def never_hurt(
         )
         layout = layout_of(options, loss, getters, params)
         groups = Groups(np.eye(len(layout.xs), dtype=bool), rows_of(layout, None))
-        moments: list[_Moments] | None = None
 
-        def resolve(get_ys, strength, leaves, is_loss_finite):
-            del leaves
-            nonlocal moments
+        def moments(times: int = 0) -> list[_Moments]:
+            return _moments(layout, _measure.hide(state, times), reference_decay)
+
+        def resolve(get_ys, strength, seen, bounds):
+            del bounds
             if not layout.xs:
                 return Part([], [], jnp.zeros([0]), jnp.zeros([0]))
-            if moments is None:
-                moments = _moments(layout, state, reference_decay, is_loss_finite)
-            means = [each.mean for each in moments]
-            seen = _scopes.measure_leaves(means, get_ys, groups.member)
+            ys = get_ys()
+            unit = seen.y_norm * strength
+            if ingredients.bound:
+                unit = jnp.minimum(unit, trust_ratio * seen.x_norm)
             resolved = [
-                _sure_part(each, strength * _trees.as_float32(y), trust_ratio, cosine)
-                for each, y, cosine in zip(
-                    moments, get_ys(), jnp.unstack(seen.cosine), strict=True
+                _sure_part(
+                    ingredients,
+                    each,
+                    strength * _trees.as_float32(y),
+                    trust_ratio,
+                    cosine,
+                    own_unit,
                 )
-            ]
-            parts, norms, conflicts = [list(column) for column in zip(*resolved)]
+                for each, y, cosine, own_unit in zip(
+                    moments(), ys, jnp.unstack(seen.cosine), jnp.unstack(unit),
+                    strict=True,
+                )
+            ]  # fmt: skip
+            parts, *reported = [list(column) for column in zip(*resolved)]
             nowhere = [jnp.array(False)] * len(parts)
-            return Part(parts, nowhere, jnp.stack(norms), jnp.stack(conflicts))
+            norms, conflicts = map(jnp.stack, reported)
+            norm, conflict = over_devices(
+                norms, conflicts, unit, list(zip(layout.xs, ys)), options.axes
+            )
+            return Part(parts, nowhere, norm, conflict)
 
-        parts, seen, step = resolve_each(
-            options, layout, groups, getters, state.step, state.metrics, resolve
+        found = resolve_each(
+            options, layout, groups, getters, state.step, state.metrics, resolve,
+            lambda times: [each.mean for each in moments(times)],
+        )  # fmt: skip
+
+        def kept(new: list[Array], tree: PyTree) -> PyTree:
+            """Takes one more gradient into account, if that is finite."""
+            pairs = zip(new, layout.pick(tree))
+            new = [jnp.where(found.is_loss_finite, *each) for each in pairs]
+            return layout.scatter(new, onto=tree)
+
+        state = NeverHurtState(
+            found.step,
+            kept([each.raw_mean for each in moments()], state.mean),
+            kept([each.raw_root for each in moments()], state.root_mean_square),
+            found.metrics,
         )
-        mean, root = state.mean, state.root_mean_square
-        if moments is not None:
-            mean = layout.scatter([each.raw_mean for each in moments], onto=mean)
-            root = layout.scatter([each.raw_root for each in moments], onto=root)
-        return add_parts(layout, parts), NeverHurtState(step, mean, root, seen)
+        return add_parts(layout, found.parts), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -176,9 +235,8 @@ def _moments(
     layout: _trees.Layout,
     state: NeverHurtState,
     decay: Number,
-    usable: Bool[Array, ""],
 ) -> list[_Moments]:
-    """Takes one more gradient into account, if that is finite."""
+    """Takes one more gradient into account."""
     decay = jnp.asarray(decay, jnp.float32)
     forgotten = decay ** (state.step + 1)  # the weight that the zeros still have
     freedom = (1 + decay) / (1 - decay) * (1 - forgotten) / (1 + forgotten) - 1
@@ -188,40 +246,54 @@ def _moments(
         x = _trees.as_float32(x)
         new_mean = decay * mean + (1 - decay) * x
         size = jnp.sqrt(1 - decay) * jnp.abs(x)
-        new_root = jnp.hypot(jnp.sqrt(decay) * root, size)
-        mean, root = [
-            jnp.where(usable, new, old)
-            for new, old in ((new_mean, mean), (new_root, root))
-        ]
-        unbiased = mean / (1 - forgotten)
-        true_root = root / jnp.sqrt(1 - forgotten)
+        new_root = _hypot(jnp.sqrt(decay) * root, size)
+        unbiased = new_mean / (1 - forgotten)
+        true_root = new_root / jnp.sqrt(1 - forgotten)
         ratio = jnp.abs(unbiased) * _scopes.reciprocal(true_root)
-        return _Moments(mean, root, unbiased, ratio, freedom)
+        return _Moments(new_mean, new_root, unbiased, ratio, freedom)
 
     columns = layout.pick(state.mean), layout.pick(state.root_mean_square), layout.xs
     return [of_leaf(*each) for each in zip(*columns)]
 
 
+def _hypot(a: Array, b: Array) -> Array:
+    """The root of a sum of squares, with a derivative of 0 where both are 0."""
+    is_zero = (a == 0) & (b == 0)
+    return jnp.where(is_zero, 0, jnp.hypot(jnp.where(is_zero, 1, a), b))
+
+
 def _sure_part(
-    moments: _Moments, y: Array, trust_ratio: Number, cosine: Float[Array, ""]
+    ingredients: Ingredients,
+    moments: _Moments,
+    y: Array,
+    trust_ratio: Number,
+    cosine: Float[Array, ""],
+    unit: Float[Array, ""],
 ) -> tuple[Array, Array, Array]:
     """What is left of a regularizer's gradient in a leaf, its norm, and its conflict.
 
     Args:
+      ingredients: the steps that are taken.
       moments: of the loss's gradient.
       y: the regularizer's, times its strength.
       trust_ratio: bound of what is left, as a multiple of the mean.
       cosine: of `y` and the mean.
+      unit: of length, in which squares of what is left are in range.
     """
     mean = moments.mean
     size = jnp.abs(y)
     # From -1 to 1: of real numbers, whether the signs are the same.
     agreement = _scopes.real_product(jnp.sign(mean), jnp.sign(y))
-    chance = _confidence(agreement * moments.ratio, moments.freedom)
-    bound = jnp.asarray(trust_ratio) * jnp.abs(mean)
-    kept = jnp.minimum(chance * size, bound)
-    kept = jnp.where(cosine < 0, 0, kept)
-    norm = _scopes.norm(kept)
+    if ingredients.confidence:
+        kept = _confidence(agreement * moments.ratio, moments.freedom) * size
+    else:
+        kept = jnp.where(agreement > 0, size, 0)
+    if ingredients.bound:
+        kept = jnp.minimum(kept, jnp.asarray(trust_ratio) * jnp.abs(mean))
+    if ingredients.gate:
+        kept = jnp.where(cosine < 0, 0, kept)
+    squares = jnp.square(kept * _scopes.reciprocal(unit))
+    norm = unit * _scopes.root(jnp.sum(squares))
     return kept * jnp.sign(y), norm, jnp.mean(agreement < 0)
 
 
@@ -240,6 +312,6 @@ def _confidence(ratio: Array, freedom: Float[Array, ""]) -> Array:
     """
     ratio = jnp.clip(ratio, 0, 1 - 2.0**-24)
     # log(1 + t^2 / freedom) = -log(1 - ratio^2)
-    spread = jnp.sqrt(-freedom * jnp.log1p(-ratio * ratio))
+    spread = _scopes.root(-freedom * jnp.log1p(-ratio * ratio))
     deviate = (8 * freedom + 1) / (8 * freedom + 3) * spread
     return jax.lax.erf(deviate / np.sqrt(2.0).astype(np.float32))

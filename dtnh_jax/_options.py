@@ -11,7 +11,7 @@ import optax
 from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
-from dtnh_jax import _part, rules
+from dtnh_jax import _axes, _part, rules
 
 Number = float | int | Array | np.ndarray | np.generic
 Strength = Number | optax.Schedule
@@ -31,6 +31,7 @@ class Options(NamedTuple):
     trust_ratio: Number | None
     mask: Mask | None
     is_coupled: bool  # whether the optimizer comes after, not before
+    axes: tuple[str, ...]  # along which each device holds a part of the gradients
 
     @classmethod
     def checked(
@@ -42,6 +43,7 @@ class Options(NamedTuple):
         trust_ratio: Number | None,
         mask: Mask | None,
         is_coupled: bool = True,
+        axis_name: _axes.AxisName | None = None,
     ) -> "Options":
         """Returns the options, or raises what the transformations document."""
         stages = _checked_stages(rule, scope)
@@ -61,7 +63,10 @@ class Options(NamedTuple):
             check_number("reference_decay", reference_decay, below=1.0)
         if trust_ratio is not None:
             check_number("trust_ratio", trust_ratio)
-        return cls(stages, strengths, reference_decay, trust_ratio, mask, is_coupled)
+        axes = _axes.checked(axis_name)
+        return cls(
+            stages, strengths, reference_decay, trust_ratio, mask, is_coupled, axes
+        )
 
     @property
     def several(self) -> bool:
@@ -112,6 +117,14 @@ def _checked_stages(rule: Any, scope: Any) -> list[tuple[rules.Rule, _part.Scope
             )
         _part.check_scope(stage[1])
     return stages
+
+
+def check_count(argument: str, value: Any) -> None:
+    """Raises unless `value` is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{argument}` must be an integer, got {value!r}.")
+    if value < 1:
+        raise ValueError(f"`{argument}` must be at least 1, got {value}.")
 
 
 def check_number(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from dtnh_jax import _scopes, _trees, rules
+from dtnh_jax import _axes, _scopes, _trees, rules
 from dtnh_jax._scopes import Geometry
 
 NAMED_SCOPES = ("global", "leaf", "unit", "element")
@@ -73,8 +73,10 @@ class Trust(NamedTuple):
     """A bound of the part's norm, per group (per leaf at element scope)."""
 
     ratio: Array | Any
-    # L arrays whose norms are the measure; None for the gradient that is protected.
+    # L arrays whose norms are the measure, and these norms in their geometry; None for
+    # the gradient that is protected.
     lengths: list[Array] | None = None
+    leaves: Geometry | None = None
 
 
 def resolve(
@@ -84,17 +86,20 @@ def resolve(
     stage: Stage,
     trust: Trust | None,
     leaves: Geometry,
+    axes: tuple[str, ...] = (),
 ) -> Part:
     """Applies a rule in every group of a scope.
 
     Args:
       xs: L arrays, the gradient that is protected.
       get_ys: returns L arrays, the regularizer's gradient before `strength`; see
-        `measure_leaves`.
+        `Pairing`.
       strength: factor of `ys`.
       stage: the rule and where it works.
       trust: what bounds the part, if anything.
       leaves: the geometry `[L]` of `xs` and `ys`.
+      axes: names of axes along which each device holds a part, see `_axes`. Only parts
+        whose rule works inside of a leaf are summed over them once more.
 
     Returns:
       The part, all groups together.
@@ -102,21 +107,66 @@ def resolve(
     if not xs:
         return Part([], [], jnp.zeros([0]), jnp.zeros([0]))
     leaves = leaves._replace(y_norm=leaves.y_norm * strength)
+    if stage.scope not in ("unit", "element"):
+        return _resolve_groups(xs, get_ys(), strength, stage, trust, leaves)
+    ys = get_ys()
     lengths = [None] * len(xs)
     if trust is not None and trust.lengths is not None:
         lengths = trust.lengths
-    if stage.scope == "element":
-        resolve_leaf = _resolve_elements
-    elif stage.scope == "unit":
-        resolve_leaf = _resolve_units
+    columns = zip(xs, ys, lengths, *map(jnp.unstack, leaves))
+    if stage.scope == "unit":
+        resolved = [
+            _resolve_units(x, y, strength, stage, trust, length)
+            for x, y, length, *_ in columns
+        ]
     else:
-        return _resolve_groups(xs, get_ys(), strength, stage, trust, leaves)
-    resolved = [
-        resolve_leaf(x, y, strength, stage, trust, length, Geometry(*leaf))
-        for x, y, length, *leaf in zip(xs, get_ys(), lengths, *map(jnp.unstack, leaves))
-    ]
-    parts, is_whole, norms, conflicts = zip(*resolved)
-    return Part(list(parts), list(is_whole), jnp.stack(norms), jnp.stack(conflicts))
+        resolved = [
+            _resolve_elements(x, y, strength, stage, Geometry(*leaf))
+            for x, y, _, *leaf in columns
+        ]
+    parts, is_whole, *seen = [list(column) for column in zip(*resolved)]
+    norms, conflicts = map(jnp.stack, seen)
+    norm, conflict = over_devices(
+        norms, conflicts, _longest(leaves), list(zip(xs, ys)), axes
+    )
+    if trust is not None and stage.scope == "element":
+        # One number has no length but its own: the bound is per leaf.
+        own = leaves if trust.leaves is None else trust.leaves
+        shrink = jnp.unstack(_shrink(norm, trust.ratio * own.x_norm))
+        parts = [by * part for by, part in zip(shrink, parts)]
+        is_whole = [whole & (by == 1) for by, whole in zip(shrink, is_whole)]
+    return Part(parts, is_whole, norm, conflict)
+
+
+def over_devices(
+    norms: Float[Array, "L"],
+    conflicts: Float[Array, "L"],
+    unit: Float[Array, "L"],
+    leaves: list[tuple[Array, ...]],
+    axes: tuple[str, ...],
+) -> tuple[Array, Array]:
+    """Joins what devices report of their parts of each leaf, with one collective.
+
+    Args:
+      norms: of their parts.
+      conflicts: shares of their parts that are in conflict.
+      unit: the same on all devices, in which the squares of `norms` are in range.
+      leaves: for each leaf the arrays that this is about, see `_axes.copies`.
+      axes: along which devices hold parts.
+    """
+    if not axes:
+        return norms, conflicts
+    copies = _axes.copies(leaves, axes)
+    # The share of a leaf is the mean of the shares that devices have of it.
+    share = np.asarray(copies / _axes.count(axes), np.float32)
+    squares = jnp.square(norms * _scopes.reciprocal(unit))
+    squares, conflicts = _axes.add((squares, conflicts * share), copies, axes)
+    return unit * _scopes.root(squares), conflicts
+
+
+def _longest(leaf: Geometry) -> Array:
+    """A safe unit of length for parts, which are seldom longer than both gradients."""
+    return jnp.maximum(leaf.x_norm, leaf.y_norm)
 
 
 def _resolve_groups(xs, ys, strength, stage, trust, leaves: Geometry) -> Part:
@@ -128,10 +178,8 @@ def _resolve_groups(xs, ys, strength, stage, trust, leaves: Geometry) -> Part:
     norms = _part_norm(leaves, Plan(plan.along[index] * share, plan.kept[index]))
     if trust is not None:
         bounds = groups
-        if trust.lengths is not None:
-            lengths = trust.lengths
-            own = _scopes.measure_leaves(lengths, lambda: lengths, member)
-            bounds = _scopes.merge(own, member)
+        if trust.leaves is not None:
+            bounds = _scopes.merge(trust.leaves, member)
         plan = _bounded(plan, groups, trust.ratio * bounds.x_norm)
     columns = [
         plan.along,
@@ -152,9 +200,12 @@ def _resolve_groups(xs, ys, strength, stage, trust, leaves: Geometry) -> Part:
     return Part(parts, is_whole, norms, conflict[index])
 
 
-def _resolve_units(x, y, strength, stage, trust, length, leaf: Geometry) -> tuple:
-    """Output channels of one leaf: the rule works on a vector with an entry of each."""
-    del leaf
+def _resolve_units(x, y, strength, stage, trust, length) -> tuple:
+    """Output channels of one leaf: the rule works on a vector with an entry of each.
+
+    Returns the part, where it is whole, its norm before the trust ratio, and the share
+    of channels in conflict.
+    """
     units = _scopes.measure_units(x, y)
     units = units._replace(y_norm=units.y_norm * strength)
     plan = _plan(units, stage)
@@ -168,21 +219,19 @@ def _resolve_units(x, y, strength, stage, trust, length, leaf: Geometry) -> tupl
     return part, _is_whole(plan), norm, jnp.mean(units.cosine < 0)
 
 
-def _resolve_elements(x, y, strength, stage, trust, length, leaf: Geometry) -> tuple:
-    """Numbers of one leaf, each by itself: lengths and sums need no square root."""
+def _resolve_elements(x, y, strength, stage, leaf: Geometry) -> tuple:
+    """Numbers of one leaf, each by itself: lengths and sums need no square root.
+
+    Returns the part, where it is whole, its norm, and the share in conflict.
+    """
     x, y = _trees.as_float32(x), strength * _trees.as_float32(y)
     elements = _scopes.measure_elements(x, y)
     plan = _plan(elements, stage)
-    part, is_whole = _sum(plan.along * jnp.sign(x), plan.kept * y), _is_whole(plan)
-    # The part of a number is seldom longer than both gradients: a safe unit of length.
-    unit = jnp.maximum(leaf.x_norm, leaf.y_norm)
+    part = _sum(plan.along * jnp.sign(x), plan.kept * y)
+    unit = _longest(leaf)
     squares = jnp.square(jnp.abs(part * _scopes.reciprocal(unit)))
     norm = unit * _scopes.root(jnp.sum(squares))
-    if trust is not None:  # one number has no length but its own: per leaf
-        own = leaf.x_norm if length is None else _scopes.norm(jnp.abs(length))
-        shrink = _shrink(norm, trust.ratio * own)
-        part, is_whole = shrink * part, is_whole & (shrink == 1)
-    return part, is_whole, norm, jnp.mean(elements.cosine < 0)
+    return part, _is_whole(plan), norm, jnp.mean(elements.cosine < 0)
 
 
 class Plan(NamedTuple):
@@ -213,14 +262,20 @@ def _plan(group: Geometry, stage: Stage) -> Plan:
     """Asks the rule, about gradients that are scaled so that their squares exist."""
     if not stage.is_coupled:  # then `x` is but a direction, of any length: that of `y`
         group = group._replace(x_norm=jnp.where(group.x_norm > 0, group.y_norm, 0))
+    weights, x = weigh(stage.rule, group)
+    return Plan((weights[..., 0] - 1) * x, weights[..., 1])
+
+
+def weigh(rule: rules.Rule, group: Geometry) -> tuple[Array, Array]:
+    """Returns a rule's weights `[..., 2]`, and the length of `x` that it was told."""
     largest = jnp.maximum(group.x_norm, group.y_norm)
     by = _scopes.reciprocal(largest)
     x, y = [
         jnp.where(n == 0, 0, jnp.maximum(n * by, _SMALLEST_RATIO))
         for n in (group.x_norm, group.y_norm)
     ]
-    weights = stage.rule(rules.Entries(x * x, x * y * group.cosine, y * y))
-    return Plan((weights[..., 0] - 1) * x * largest, weights[..., 1])
+    weights = rule(rules.Entries(x * x, x * y * group.cosine, y * y))
+    return weights, x * largest
 
 
 def _part_norm(group: Geometry, plan: Plan, uncertain: float = 0.0) -> Array:

@@ -1,6 +1,6 @@
 """From two trees to the regularizer's part: what every transformation does first."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -8,9 +8,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Int, PyTree
 
-from dtnh_jax import _part, _scopes, _trees, metrics
+from dtnh_jax import _axes, _measure, _part, _scopes, _trees, metrics
+from dtnh_jax._given import Getters, layout_of
 from dtnh_jax._options import Options
-from dtnh_jax.regularizers.weights import WeightRegularizer, check_weight_regularizer
 
 
 class ConflictState(NamedTuple):
@@ -48,55 +48,6 @@ def init_state(options: Options, params: optax.Params) -> ConflictState:
     )
 
 
-def checked_regularizers(
-    options: Options, regularizer: Any
-) -> dict[str, WeightRegularizer]:
-    """Returns regularizers of the weights by name, if that is what they are."""
-    regularizers = options.by_name(regularizer, "regularizer")
-    for value in regularizers.values():
-        check_weight_regularizer(value)
-    return regularizers
-
-
-Getters = dict[str, Callable[[], optax.Updates]]  # of gradients, by regularizer
-
-
-def given_gradients(
-    options: Options,
-    regularizers: Mapping[str, WeightRegularizer] | None,
-    updates: optax.Updates,
-    regularizer_grads: Any,
-    params: optax.Params | None,
-) -> tuple[optax.Updates, Getters]:
-    """Sorts what `update` is given into the loss gradient and the regularizers'.
-
-    Args:
-      options: of the transformation.
-      regularizers: of the weights, whose gradients are worked out from the parameters;
-        None where gradients come as a pair.
-      updates: gradient of the loss, or a pair.
-      regularizer_grads: of the regularizers, where `updates` is no pair.
-      params: the parameters.
-
-    Returns:
-      The loss gradient, and functions that return the others.
-    """
-    if regularizers is None:
-        loss, given = _trees.split_pair(updates, regularizer_grads)
-        grads = options.by_name(given, "regularizer_grads")
-        return loss, {name: lambda r=r: r for name, r in grads.items()}
-    if params is None:
-        raise ValueError(
-            "`params` must be given to `update`, because the regularizer's gradient is "
-            "computed from them, got None."
-        )
-
-    def getter(each: WeightRegularizer, at: optax.Params = params):
-        return lambda: each.gradient(at)
-
-    return updates, {name: getter(each) for name, each in regularizers.items()}
-
-
 class Groups(NamedTuple):
     """Leaves that take part, in groups."""
 
@@ -104,28 +55,27 @@ class Groups(NamedTuple):
     rows: Bool[np.ndarray, "rows leaves"]  # that the metrics see as one
 
 
-# (regularizer's gradient, strength, geometry with the loss, whether the loss gradient
-# is finite) -> what is left of `strength` times the gradient.
+# (regularizer's gradient, strength, geometry with the gradient that is protected,
+# geometry of what the trust ratio is of) -> what is left of `strength` times the first.
 Resolver = Callable[
-    [Callable[[], list[Array]], Array, _scopes.Geometry, Bool[Array, ""]], _part.Part
+    [Callable[[], list[Array]], Array, _scopes.Geometry, _scopes.Geometry | None],
+    _part.Part,
 ]
 
 
-def layout_of(
-    options: Options,
-    loss: optax.Updates,
-    getters: Mapping[str, Callable[[], optax.Updates]],
-    params: optax.Params | None,
-) -> _trees.Layout:
-    """Finds the leaves that take part in an update."""
-    trees = [get() for get in getters.values()]
-    return _trees.layout(loss, trees, options.mask, loss if params is None else params)
+class Resolved(NamedTuple):
+    """What `resolve_each` has found."""
+
+    parts: list[RegularizerPart]  # for each regularizer
+    metrics: Any  # as in `ConflictState`
+    step: Int[Array, ""]  # the next one
+    is_loss_finite: Bool[Array, ""]
 
 
 def regularizer_parts(
     options: Options,
     loss: optax.Updates,
-    getters: Mapping[str, Callable[[], optax.Updates]],
+    getters: Getters,
     state: ConflictState,
     params: optax.Params | None,
     lengths: optax.Updates | None = None,
@@ -135,8 +85,7 @@ def regularizer_parts(
     Args:
       options: of the transformation.
       loss: gradient of the loss.
-      getters: for each regularizer a function that returns its gradient. It is called
-        more than once, so that what is in closed form is never kept in memory.
+      getters: for each regularizer a function that returns its gradient.
       state: before the update.
       params: the parameters, for masks and labels that are functions of them.
       lengths: a tree whose norms the trust ratio is of, instead of the gradient that
@@ -153,44 +102,62 @@ def regularizer_parts(
         _part.Stage(rule, scope, of and [of[i] for i in layout.at], options.is_coupled)
         for (rule, scope), of in zip(options.stages, labels)
     ]
-    trust = None
-    if options.trust_ratio is not None:
-        given = None if lengths is None else layout.gather(lengths, "updates")
-        trust = _part.Trust(options.trust_ratio, given)
-    _, member = _part.membership(stages[0].scope, stages[0].labels, len(layout.xs))
-    groups = Groups(member, rows_of(layout, labels[0]))
-    average = protected = None
+    members = [_member(stage, layout) for stage in stages]
+    groups = Groups(members[0], rows_of(layout, labels[0]))
+    decay = options.reference_decay
 
-    def resolve(get_ys, strength, leaves, is_loss_finite):
-        nonlocal average, protected
-        if options.reference_decay is None:
-            return _in_stages(layout.xs, get_ys, strength, stages, trust, leaves)
-        if protected is None:
-            average, protected = _moving_average(
-                layout, state, options.reference_decay, is_loss_finite
-            )
-        seen = _scopes.measure_leaves(protected, get_ys, groups.member)
-        return _in_stages(protected, get_ys, strength, stages, trust, seen)
+    def get_average(times=0):
+        return _moving_average(layout, _measure.hide(state, times), decay)
 
-    parts, seen, step = resolve_each(
-        options, layout, groups, getters, state.step, state.metrics, resolve
-    )
+    def get_protected(times):
+        if decay is None:
+            return layout.xs
+        unbias = 1 / (1 - jnp.asarray(decay, jnp.float32) ** (state.step + 1))
+        return [unbias * m for m in get_average(times)]
+
+    trust_lengths = of_trust = None
+    if options.trust_ratio is not None and lengths is not None:
+        trust_lengths = layout.gather(lengths, "updates")
+        of_trust = _measure.paired(
+            lambda _: trust_lengths, lambda _: trust_lengths, members[-1]
+        )
+
+    def resolve(get_ys, strength, seen, bounds):
+        trust = None
+        if options.trust_ratio is not None:
+            trust = _part.Trust(options.trust_ratio, trust_lengths, bounds)
+        return _in_stages(
+            get_protected(0), get_ys, strength, stages, trust, seen, options.axes
+        )
+
+    found = resolve_each(
+        options, layout, groups, getters, state.step, state.metrics, resolve,
+        None if decay is None else get_protected, of_trust,
+    )  # fmt: skip
     reference = state.reference
-    if average is not None:
-        reference = layout.scatter(average, onto=state.reference)
-    return layout, parts, ConflictState(step, reference, seen)
+    if decay is not None:
+        kept = [
+            jnp.where(found.is_loss_finite, new, old)
+            for new, old in zip(get_average(), layout.pick(state.reference))
+        ]
+        reference = layout.scatter(kept, onto=state.reference)
+    return layout, found.parts, ConflictState(found.step, reference, found.metrics)
 
 
 def resolve_each(
     options: Options,
     layout: _trees.Layout,
     groups: Groups,
-    getters: Mapping[str, Callable[[], optax.Updates]],
+    getters: Getters,
     step: Int[Array, ""],
     before: Any,
     resolve: Resolver,
-) -> tuple[list[RegularizerPart], Any, Int[Array, ""]]:
+    get_protected: Callable[[int], list[Array]] | None = None,
+    of_trust: _measure.Pairing | None = None,
+) -> Resolved:
     """Measures every regularizer's gradient, and has it resolved.
+
+    All is measured together: where devices hold parts, that is one collective.
 
     Args:
       options: of the transformation.
@@ -200,42 +167,53 @@ def resolve_each(
       step: of this update.
       before: the metrics in the state.
       resolve: what is to be done.
+      get_protected: returns the gradient that is protected, where it is not the loss's.
+        Where that is not finite it need not be either: nothing is then done with it.
+      of_trust: what else is to be measured, for `resolve`.
 
     Returns:
-      A part for each regularizer, the metrics, and the next step.
+      A part for each regularizer, and what goes into the state.
     """
+    get_ys = {
+        name: lambda times, get=get: layout.gather(get(times), "regularizer_grads")
+        for name, get in getters.items()
+    }
+    pairings = []
+    for get in get_ys.values():
+        for get_xs in (lambda _: layout.xs, get_protected):
+            if get_xs is not None:
+                pairings.append(_measure.paired(get_xs, get, groups.member))
+    measured = _measure.measure(
+        [*pairings, of_trust] if of_trust else pairings, options.axes
+    )
+    each = len(pairings) // len(getters)
+    bounds = measured[-1] if of_trust else None
+    is_loss_finite = jnp.all(jnp.isfinite(measured[0].x_norm))
+    copies = _axes.copies([[x] for x in layout.xs], options.axes)
+    devices = _axes.count(options.axes)
+    sizes = [x.size * devices // int(n) for x, n in zip(layout.xs, copies)]
+
     parts, by_name = [], {}
-    is_loss_finite = jnp.array(True)
-    for name, get in getters.items():
-        strength = options.strength_at(name, step)
-
-        def get_ys(get=get):
-            return layout.gather(get(), "regularizer_grads")
-
-        leaves = _scopes.measure_leaves(layout.xs, get_ys, groups.member)
-        strength = strength.astype(leaves.y_norm.dtype)
-        is_loss_finite = jnp.all(jnp.isfinite(leaves.x_norm))
-        part = resolve(get_ys, strength, leaves, is_loss_finite)
+    for i, (name, get) in enumerate(get_ys.items()):
+        leaves, seen = measured[each * i], measured[each * (i + 1) - 1]
+        strength = options.strength_at(name, step).astype(leaves.y_norm.dtype)
+        part = resolve(lambda get=get: get(0), strength, seen, bounds)
         is_finite = jnp.all(jnp.isfinite(strength * leaves.y_norm))
         skipped = options.by_name(before, "state.metrics")[name].skipped
+        skipped = skipped + jnp.where(is_finite, 0, 1)
         by_name[name] = metrics.measured(
-            leaves,
-            strength,
-            part,
-            [x.size for x in layout.xs],
-            groups.rows,
-            skipped + jnp.where(is_finite, 0, 1),
+            leaves, strength, part, sizes, groups.rows, skipped
         )
         parts.append(
             RegularizerPart(
                 part.leaves,
-                [strength.astype(y.dtype) * y for y in get_ys()],
+                [strength.astype(y.dtype) * y for y in get(0)],
                 part.is_whole,
                 is_finite & is_loss_finite,
             )
         )
     step = jnp.where(is_loss_finite, optax.safe_increment(step), step)
-    return parts, options.join(by_name), step
+    return Resolved(parts, options.join(by_name), step, is_loss_finite)
 
 
 def add_parts(layout: _trees.Layout, parts: list[RegularizerPart]) -> optax.Updates:
@@ -269,6 +247,12 @@ def rows_of(
     return member[:, layout.at]
 
 
+def _member(
+    stage: _part.Stage, layout: _trees.Layout
+) -> Bool[np.ndarray, "groups leaves"]:
+    return _part.membership(stage.scope, stage.labels, len(layout.xs))[1]
+
+
 def _in_stages(
     protected: list[Array],
     get_ys: Callable[[], list[Array]],
@@ -276,18 +260,20 @@ def _in_stages(
     stages: list[_part.Stage],
     trust: _part.Trust | None,
     seen: _scopes.Geometry,
+    axes: tuple[str, ...],
 ) -> _part.Part:
     """Resolves stage by stage, each what the one before it has left."""
     bounds = [None] * (len(stages) - 1) + [trust]
     first = part = _part.resolve(
-        protected, get_ys, strength, stages[0], bounds[0], seen
+        protected, get_ys, strength, stages[0], bounds[0], seen, axes
     )
     for stage, bound in zip(stages[1:], bounds[1:]):
         left = part.leaves
         member = _part.membership(stage.scope, stage.labels, len(left))[1]
-        seen = _scopes.measure_leaves(protected, lambda left=left: left, member)
+        pairing = _measure.Pairing(lambda _, left=left: (protected, left), member)
+        (seen,) = _measure.measure([pairing], axes)
         then = _part.resolve(
-            protected, lambda left=left: left, jnp.ones([]), stage, bound, seen
+            protected, lambda left=left: left, jnp.ones([]), stage, bound, seen, axes
         )
         whole = [a & b for a, b in zip(part.is_whole, then.is_whole)]
         part = then._replace(is_whole=whole, conflict=first.conflict)
@@ -295,13 +281,10 @@ def _in_stages(
 
 
 def _moving_average(
-    layout: _trees.Layout, state: ConflictState, decay, usable: Bool[Array, ""]
-) -> tuple[list[Array], list[Array]]:
-    """Returns the new moving average of the loss gradient, raw and without its bias."""
-    old = layout.pick(state.reference)
-    new = [
-        jnp.where(usable, decay * m + (1 - decay) * _trees.as_float32(x), m)
-        for m, x in zip(old, layout.xs)
+    layout: _trees.Layout, state: ConflictState, decay: Any
+) -> list[Array]:
+    """Returns the new moving average of the loss gradient, biased towards zero."""
+    return [
+        decay * m + (1 - decay) * _trees.as_float32(x)
+        for m, x in zip(layout.pick(state.reference), layout.xs)
     ]
-    unbias = 1 / (1 - jnp.asarray(decay, jnp.float32) ** (state.step + 1))
-    return new, [m * unbias for m in new]

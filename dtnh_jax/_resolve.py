@@ -1,17 +1,17 @@
 """The transformations that add a regularizer's gradient to the loss gradient."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import optax
 
 from dtnh_jax import rules
+from dtnh_jax._axes import AxisName
+from dtnh_jax._given import Getters, checked_regularizers, given_gradients
 from dtnh_jax._options import Mask, Number, Options, Stages, Strength
 from dtnh_jax._part import Scope
 from dtnh_jax._protect import (
     ConflictState,
     add_parts,
-    checked_regularizers,
-    given_gradients,
     init_state,
     regularizer_parts,
 )
@@ -25,6 +25,7 @@ def dtnh(
     reference_decay: Number | None = None,
     trust_ratio: Number | None = None,
     mask: Mask | None = None,
+    axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adds a regularizer's gradient, less the part of it that works against the loss.
 
@@ -52,6 +53,14 @@ def dtnh(
       mask: a tree of bools, or a function of the parameters to one, as in
         `optax.masked`. Leaves that are masked out get the loss gradient alone and take
         no part in inner products.
+      axis_name: only for loops that are mapped over devices, by `jax.shard_map`,
+        `jax.pmap` or `jax.vmap(..., axis_name=...)`, and in which each device holds a
+        PART of the parameters and of both gradients (fully sharded or tensor parallel):
+        the axis along which they are cut, or a tuple of axes. Inner products are then
+        summed over it, see `resolve_conflicts`. Leave it out where every device has all
+        parameters and gradients of its own part of the batch (data parallel): average
+        these with `jax.lax.pmean` first, and every device resolves the same. Leave it
+        out under jit with sharded arrays, too: there the compiler does this.
 
     Returns:
       A transformation of a `GradientPair`, or of the loss gradient with the other one
@@ -81,6 +90,7 @@ def dtnh(
         reference_decay=reference_decay,
         trust_ratio=trust_ratio,
         mask=mask,
+        axis_name=axis_name,
     )
 
 
@@ -92,6 +102,7 @@ def resolve_conflicts(
     reference_decay: Number | None = None,
     trust_ratio: Number | None = None,
     mask: Mask | None = None,
+    axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adds a regularizer's gradient to the loss gradient, as far as `rule` allows.
 
@@ -108,6 +119,16 @@ def resolve_conflicts(
     Average gradients over devices and micro-batches before this transformation, clip
     them after it: rules are not linear.
 
+    With `axis_name` all that is measured is one vector, which is summed over devices
+    once (twice where it is out of range and has to be scaled). One more sum is needed
+    for what scopes `"unit"` and `"element"` report, and one for each further pair in a
+    list of rules. Metrics are of the whole gradients. At scope `"unit"` a unit is what
+    a device holds of it: cut leaves along their last axis to have whole ones, else the
+    scope is a finer one. Leaves that all devices hold alike, such as small biases,
+    count once in `jax.shard_map`, where types tell. With `check_vma=False`, in
+    `jax.pmap` and in `jax.vmap` nothing tells, and they count once for each device:
+    mask them out there, or let `scope` keep them apart.
+
     Args:
       rule: maps Gram matrices `[..., 2, 2]` to weights `[..., 2]`; see
         `dtnh_jax.rules`. Or a list of pairs of a rule and its scope, each working on
@@ -118,6 +139,7 @@ def resolve_conflicts(
       reference_decay: as in `dtnh`.
       trust_ratio: as in `dtnh`.
       mask: as in `dtnh`.
+      axis_name: as in `dtnh`.
 
     Returns:
       A transformation like that of `dtnh`.
@@ -135,7 +157,15 @@ def resolve_conflicts(
       >>> print(updates["w"])
       [0.5 1. ]
     """
-    options = Options.checked(rule, strength, scope, reference_decay, trust_ratio, mask)
+    options = Options.checked(
+        rule,
+        strength,
+        scope,
+        reference_decay,
+        trust_ratio,
+        mask,
+        axis_name=axis_name,
+    )
 
     def init(params):
         return init_state(options, params)
@@ -159,6 +189,7 @@ def add_regularizer(
     reference_decay: Number | None = None,
     trust_ratio: Number | None = None,
     mask: Mask | None = None,
+    axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adds the gradient of a regularizer of the weights to plain gradients.
 
@@ -174,6 +205,7 @@ def add_regularizer(
       reference_decay: as in `dtnh`.
       trust_ratio: as in `dtnh`.
       mask: as in `dtnh`.
+      axis_name: as in `dtnh`.
 
     Returns:
       A transformation of the loss gradient. Its `update` needs `params`.
@@ -200,6 +232,7 @@ def add_regularizer(
         reference_decay,
         trust_ratio,
         mask,
+        axis_name=axis_name,
     )
     regularizers = checked_regularizers(options, regularizer)
 
@@ -217,7 +250,7 @@ def add_regularizer(
 def _add_parts(
     options: Options,
     loss: optax.Updates,
-    getters: Mapping[str, Callable[[], optax.Updates]],
+    getters: Getters,
     state: ConflictState,
     params: optax.Params | None,
 ) -> tuple[optax.Updates, ConflictState]:

@@ -57,8 +57,43 @@ def value_and_gradient_pair(
       >>> print(loss, regularizer, pair.loss, pair.regularizer)
       11.0 12.5 [1. 2.] [3. 4.]
     """
+    linearize = linearized(objective, has_aux)
 
     def value_and_pair(params, *args, **kwargs):
+        at = linearize(params, *args, **kwargs)
+        _, regularizer = at.values
+        if isinstance(regularizer, dict):
+            of_regularizer = {
+                name: at.tree(at.gradient(lambda out, name=name: out[1][name]))
+                for name in regularizer
+            }
+        else:
+            of_regularizer = at.tree(at.gradient(lambda out: out[1]))
+        of_loss = at.tree(at.gradient(lambda out: out[0]))
+        pair = GradientPair(of_loss, of_regularizer)
+        return ((at.values, at.aux) if has_aux else at.values), pair
+
+    return value_and_pair
+
+
+class Linearized(NamedTuple):
+    """An objective at some parameters, after its forward pass."""
+
+    values: tuple[Any, Any]  # loss and regularizer
+    aux: Any
+    # Takes a linear function of the two values to a scalar, such as one of them, and
+    # returns its gradient with one backward pass: of the leaves that can be trained.
+    gradient: Callable[[Callable[[Any], Any]], list[Array]]
+    tree: Callable[[list[Array]], PyTree]  # of such a list, like the parameters
+    leaves: Callable[[PyTree], list[Array]]  # the inverse
+
+
+def linearized(
+    objective: Callable[..., Any], has_aux: bool
+) -> Callable[..., Linearized]:
+    """Returns a function that evaluates an objective and keeps its linear map."""
+
+    def linearize(params, *args, **kwargs):
         leaves, treedef = jax.tree.flatten(params)
         trained = [i for i, leaf in enumerate(leaves) if _is_inexact(leaf)]
 
@@ -77,23 +112,21 @@ def value_and_gradient_pair(
             (cotangents,) = jax.linear_transpose(lambda t: select(linear(t)), primals)(
                 jnp.ones_like(select(values))
             )
+            return cotangents
+
+        def tree(cotangents):
             gradients = [np.zeros(np.shape(x), jax.dtypes.float0) for x in leaves]
             for i, cotangent in zip(trained, cotangents):
                 gradients[i] = cotangent
             return jax.tree.unflatten(treedef, gradients)
 
-        _, regularizer = values
-        if isinstance(regularizer, dict):
-            of_regularizer = {
-                name: gradient(lambda out, name=name: out[1][name])
-                for name in regularizer
-            }
-        else:
-            of_regularizer = gradient(lambda out: out[1])
-        pair = GradientPair(gradient(lambda out: out[0]), of_regularizer)
-        return ((values, aux) if has_aux else values), pair
+        def trained_leaves(gradients):
+            found = jax.tree.leaves(gradients)
+            return [found[i] for i in trained]
 
-    return value_and_pair
+        return Linearized(values, aux, gradient, tree, trained_leaves)
+
+    return linearize
 
 
 def _is_inexact(leaf) -> bool:

@@ -190,7 +190,7 @@ STEP = linen.train_step(
     ),
 )
 DONATING_STEP = jax.jit(STEP, donate_argnums=0)
-TX = optax.chain(dtnh(1.0, reference_decay=0.9), optax.adam(0.05))
+TX = optax.chain(dtnh(1.0, reference_decay=0.9), optax.adamw(0.05))
 
 
 def linen_state():

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from dtnh_jax import GradientPair, conflict_metrics, never_hurt
-from dtnh_jax._never_hurt import _confidence
+from dtnh_jax._never_hurt import Ingredients, _confidence, with_ingredients
 from dtnh_jax.regularizers import l2_sp
 
 SHAPES = {"kernel": (4, 3), "bias": (3,)}
@@ -33,7 +33,7 @@ def history(tx, pairs, params=None):
     return found, state
 
 
-def exact(pairs, strength, decay, ratio):
+def exact(pairs, strength, decay, ratio, parts=Ingredients()):  # noqa: B008
     """The same in float64, with the weights of the average written out."""
     found = []
     for now in range(1, len(pairs) + 1):
@@ -51,12 +51,36 @@ def exact(pairs, strength, decay, ratio):
                 variance = (square - mean**2) / (1 - squares)  # of one gradient
                 t = mean * np.sign(y) / np.sqrt(variance * squares)
                 sure = np.maximum(2 * stats.t.cdf(t, 1 / squares - 1) - 1, 0)
-            if np.sum(mean * y) < 0:
+            if not parts.confidence:
+                sure = np.float64(mean * y > 0)
+            if parts.gate and np.sum(mean * y) < 0:
                 sure = 0 * sure
-            part = np.sign(y) * np.minimum(sure * np.abs(y), ratio * np.abs(mean))
+            part = sure * np.abs(y)
+            if parts.bound:
+                part = np.minimum(part, ratio * np.abs(mean))
+            part = np.sign(y) * part
             update[name] = g[-1] + part
         found.append(update)
     return found
+
+
+@pytest.mark.parametrize("part", Ingredients._fields)
+def test_any_part_of_it_can_be_left_out(part):
+    parts = Ingredients(**{part: False})
+    pairs = [
+        GradientPair(
+            jax.tree.map(np.add, tree(1, 0.5), tree(10 + step)), tree(50 + step % 2)
+        )
+        for step in range(6)
+    ]
+    found, _ = history(with_ingredients(parts, 3.0), pairs)
+    whole, _ = history(never_hurt(3.0), pairs)
+    differs = False
+    for ours, other, theirs in zip(found, whole, exact(pairs, 3.0, 0.9, 1.0, parts)):
+        for name in SHAPES:
+            np.testing.assert_allclose(ours[name], theirs[name], atol=0.05)
+            differs |= bool(np.abs(ours[name] - other[name]).max() > 0.1)
+    assert differs
 
 
 @pytest.mark.parametrize("strength", [0.01, 1.0, 1e4])

@@ -1,0 +1,123 @@
+"""Sums over the devices of a loop in which each holds a part of the gradients.
+
+In `jax.shard_map`, `jax.pmap` and `jax.vmap(..., axis_name=...)` a sum over a leaf is
+one over what this device has of it. With jit and sharded arrays nothing of this file is
+needed: there the compiler adds the collectives.
+
+Shape letters: L leaves.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Int
+
+AxisName = str | tuple[str, ...]
+
+
+def checked(axis_name: Any) -> tuple[str, ...]:
+    """Returns the names of axes as a tuple, none for None."""
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name
+    if names is None:
+        return ()
+    if not isinstance(names, tuple) or not all(isinstance(n, str) for n in names):
+        raise TypeError(
+            "`axis_name` must be the name of an axis or a tuple of names, got "
+            f"{axis_name!r}."
+        )
+    if not names or not all(names) or len(set(names)) < len(names):
+        raise ValueError(
+            f"`axis_name` must be at least one name, each only once, got {axis_name!r}."
+        )
+    return names
+
+
+def count(axes: tuple[str, ...]) -> int:
+    """How many devices there are along the axes.
+
+    Raises:
+      ValueError: outside of a function that is mapped over these axes.
+    """
+    try:
+        return math.prod(jax.lax.axis_size(axis) for axis in axes)
+    except NameError as error:
+        raise ValueError(
+            "`axis_name` must name axes that `update` is mapped over, by "
+            f"`jax.shard_map` or `jax.vmap(..., axis_name=...)`, got {axes}: {error}. "
+            "Under jit alone, where arrays are sharded but not mapped over, leave it "
+            "out."
+        ) from error
+
+
+def copies(
+    leaves: Sequence[Sequence[ArrayLike]], axes: tuple[str, ...]
+) -> Int[np.ndarray, "L"]:
+    """How many devices hold the same of each leaf: 1 where all of them differ.
+
+    The types of `jax.shard_map` tell, unless it is called with `check_vma=False`; in
+    other loops nothing does, and every device is taken to hold a part of its own.
+
+    Args:
+      leaves: for each of L leaves the arrays that are multiplied there.
+      axes: along which devices are counted.
+    """
+    count(axes)
+    told = [axis for axis in axes if axis in _varying(jax.lax.axis_index(axis))]
+
+    def of_leaf(arrays):
+        varying = set().union(*[_varying(array) for array in arrays])
+        return math.prod(
+            jax.lax.axis_size(axis) for axis in told if axis not in varying
+        )
+
+    return np.array([of_leaf(arrays) for arrays in leaves], int)
+
+
+def add(
+    values: Sequence[Array], copies: Int[np.ndarray, "L"], axes: tuple[str, ...]
+) -> tuple[Array, ...]:
+    """Sums vectors `[L]` over devices, each leaf's copies once: one collective."""
+    if not axes:
+        return tuple(values)
+    rows = jnp.stack(values)
+    return tuple(jnp.unstack(_psum(rows / copies[None, :].astype(rows.dtype), axes)))
+
+
+def everywhere(flag: Bool[Array, ""], axes: tuple[str, ...]) -> Bool[Array, ""]:
+    """Whether something is so on every device."""
+    if not axes:
+        return flag
+    count(axes)
+    return _psum(jnp.where(flag, 0, 1), axes) == 0
+
+
+def check_parts(
+    grads: Sequence[Any], params: Sequence[Any], axes: tuple[str, ...]
+) -> None:
+    """Raises ValueError where devices have the same parameters and own gradients."""
+    for grad, param in zip(grads, params):
+        own = set(axes) & (_varying(grad) - _varying(param))
+        if own:
+            raise ValueError(
+                f"`axis_name` must name axes along which parameters are cut, got {axes}"
+                f", but along {sorted(own)} every device has the same parameters and "
+                "gradients of its own: average these with `jax.lax.pmean` before "
+                "`update`, and leave the axis out."
+            )
+
+
+def _psum(values: Array, axes: tuple[str, ...]) -> Array:
+    missing = set(axes) & _varying(jax.lax.axis_index(axes)) - _varying(values)
+    if missing:  # in types, what all devices have in common has no sum over them
+        values = jax.lax.pcast(values, tuple(missing), to="varying")
+    return jax.lax.psum(values, axes)
+
+
+def _varying(array: Any) -> frozenset[str]:
+    """The axes along which a value's type in `jax.shard_map` says that it differs."""
+    return jax.typeof(array).manual_axis_type.varying
