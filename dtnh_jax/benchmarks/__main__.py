@@ -1,47 +1,12 @@
 """`python -m dtnh_jax.benchmarks`: a table of times, all measured in turn."""
 
-import dataclasses
-import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import tyro
-from rich.console import Console
-from rich.table import Table
 
-# Every regularizer of the weights, and for scale one that is not.
-_METHODS = (
-    "fine-tuning",
-    "l2",
-    "l2_sp",
-    "l2_sp+dtnh",
-    "l1_sp+dtnh",
-    "l2_sp_fisher+dtnh",
-)
-_ADAPTED = ("lora", "lora_decay", "lora_decay+dtnh")
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Times a training step with each regularizer, against the step without it.
-
-    The steps of all methods are run in turn, again and again; a ratio is the median of
-    the ratios within a round, and its range that of the middle half of the rounds.
-    """
-
-    batch_size: int = 64
-    """Images in a batch."""
-    image_size: int = 64
-    """Height and width of an image, in pixels."""
-    rounds: int = 15
-    """How often every step is run and timed."""
-    methods: tuple[str, ...] = (*_METHODS, *_ADAPTED)
-    """Methods of the fine-tuning command. Each is compared with its own baseline,
-    `fine-tuning` or `lora`, which has to be among them."""
-    source: str = "efficientnet-lite0"
-    """Pretrained network of the fine-tuning command."""
-    output: pathlib.Path | None = None
-    """File for the times, as JSON."""
+from dtnh_jax.benchmarks.config import Config, check
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,68 +16,60 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the arguments, without the program's name; those of the process by default.
 
     Returns:
-      The exit status: 0, or 2 for arguments that can not be used.
+      The exit status: 0, or 2 for arguments that can not be used or packages that are
+      missing, after one line on stderr.
     """
     config = tyro.cli(Config, prog="python -m dtnh_jax.benchmarks", args=argv)
-    from dtnh_jax.benchmarks.regularizers import measure
-    from dtnh_jax.finetune.config import one_of
-    from dtnh_jax.finetune.folder import write_json
-    from dtnh_jax.finetune.methods import METHODS
-    from dtnh_jax.finetune.results import machine
-    from dtnh_jax.finetune.sources import SOURCES
+    # Here, so that `--help` is answered at once.
+    from rich.console import Console
 
-    groups: dict[str, list[str]] = {}
-    try:
-        for name in config.methods:
-            one_of("methods", name, METHODS)
-            groups.setdefault(METHODS[name].baseline, []).append(name)
-        for baseline, names in groups.items():
-            if baseline not in names:
-                raise ValueError(f"`--methods` must have {baseline}, got none.")
-            names.sort(key=lambda name, first=baseline: name != first)
-        one_of("source", config.source, SOURCES)
-        for name in ("batch_size", "image_size", "rounds"):
-            if getattr(config, name) < 1:
-                raise ValueError(
-                    f"`--{name.replace('_', '-')}` must be at least 1, got "
-                    f"{getattr(config, name)}."
-                )
-    except ValueError as error:
-        print(f"benchmarks: {error}", file=sys.stderr)
-        return 2
+    from dtnh_jax.benchmarks import report
+
     console = Console()
     if not console.is_terminal:
-        console.width = 120
-    times = {}
-    for names in groups.values():
-        with console.status(f"compiling and timing {', '.join(names)}"):
-            times |= measure(
-                names,
-                batch_size=config.batch_size,
-                image_size=config.image_size,
-                rounds=config.rounds,
-                source_name=config.source,
-            )
-    table = Table(title=f"A training step of {config.source}")
-    for heading in ("method", "ms", "against", "ratio", "middle half"):
-        table.add_column(heading)
-    for name, each in times.items():
-        table.add_row(
-            name,
-            f"{1000 * each.median:.0f}",
-            METHODS[name].baseline,
-            f"{each.ratio:.3f}",
-            f"{each.ratio_low:.3f} to {each.ratio_high:.3f}",
-        )
-    console.print(table)
-    if config.output is not None:
-        options = dataclasses.asdict(config) | {"output": None}
-        rows = {name: each._asdict() for name, each in times.items()}
-        config.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(
-            config.output, {"machine": machine(), "options": options, "times": rows}
-        )
+        console.width = 200  # of a log, where nothing has to fit
+    path = config.output.expanduser()
+    try:
+        if config.report_only:
+            results = report.read(path)
+            report.draw(path, results)
+        else:
+            check(config)
+            results = _measure(config, console)
+            report.write(path, results)
+    except (ValueError, OSError) as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
+    report.show(console, results)
+    console.print(
+        f"Results: {path}, with a picture and a page beside it",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
     return 0
+
+
+def _measure(config: Config, console: Any) -> dict[str, Any]:
+    import dataclasses
+    import time
+
+    from dtnh_jax.benchmarks import groups, peers, report
+
+    rows = []
+    started = time.monotonic()
+    for title, measure in groups.parts(config):
+        with console.status(title):
+            rows += measure()
+        seconds = time.monotonic() - started
+        console.print(f"{title}, done after {seconds:.0f} s", highlight=False)
+    options = dataclasses.asdict(config) | {"output": None, "groups": config.wanted}
+    others = peers.versions() if "peers" in config.wanted else {}
+    return {
+        "machine": report.described_machine(others),
+        "options": options,
+        "rows": [row.plain() for row in rows],
+    }
 
 
 if __name__ == "__main__":

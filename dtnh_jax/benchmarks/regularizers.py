@@ -8,13 +8,32 @@ import jax
 import numpy as np
 from flax.serialization import msgpack_restore, msgpack_serialize
 
-from dtnh_jax.benchmarks.timing import Times, interleaved
+from dtnh_jax.benchmarks.rows import Row, one, timed
+from dtnh_jax.benchmarks.timing import interleaved
 from dtnh_jax.finetune import loop
-from dtnh_jax.finetune.config import Config
+from dtnh_jax.finetune.config import Config, one_of
 from dtnh_jax.finetune.methods import METHODS, REGULARIZERS
 from dtnh_jax.finetune.sources import load_source, original_variables
 
+GROUP = "regularizers"
 CLASSES = 2
+
+
+def contests(names: Sequence[str]) -> list[list[str]]:
+    """Methods that are compared with each other, the baseline first.
+
+    Raises:
+      ValueError: if a name is unknown, or a baseline is not among them.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        one_of("methods", name, METHODS)
+        groups.setdefault(METHODS[name].baseline, []).append(name)
+    for baseline, members in groups.items():
+        if baseline not in members:
+            raise ValueError(f"`--methods` must have {baseline}, got none.")
+        members.sort(key=lambda name, first=baseline: name != first)
+    return list(groups.values())
 
 
 def steps_of(
@@ -82,6 +101,9 @@ def measure(
     image_size: int,
     rounds: int,
     source_name: str,
-) -> dict[str, Times]:
-    """Times of a step of each method, those of one round next to each other."""
-    return interleaved(steps_of(names, batch_size, image_size, source_name), rounds)
+) -> list[Row]:
+    """Times of a step of each method, the first of which is the others' baseline."""
+    calls = steps_of(names, batch_size, image_size, source_name)
+    seconds = interleaved(calls, rounds)
+    comparisons = {name: [one(names[0])] for name in names[1:]}
+    return timed(GROUP, source_name, seconds, comparisons)

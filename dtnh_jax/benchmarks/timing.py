@@ -6,40 +6,44 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Float
+
+Seconds = Mapping[str, Float[np.ndarray, " rounds"]]  # by name
 
 
-class Times(NamedTuple):
-    """How long one thing took, in seconds, over the rounds of a run."""
+class Spread(NamedTuple):
+    """What a number comes to over the rounds of a run."""
 
     median: float
     low: float  # the quartiles
     high: float
-    ratio: float  # median of the ratios to the first thing in the same round
-    ratio_low: float
-    ratio_high: float
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 2
-) -> dict[str, Times]:
-    """Calls everything once a round, and compares within rounds.
+    calls: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warm_up: int = 2,
+    pause: float = 0.0,
+) -> dict[str, Float[np.ndarray, " rounds"]]:
+    """Calls everything once a round, in the same order.
 
     Args:
-      calls: functions by name, each of which returns arrays to wait for. The first is
-        what the others are compared with.
+      calls: functions by name, each of which returns arrays to wait for.
       rounds: how often each is called, at least 1.
       warm_up: rounds before that do not count, for compilation.
+      pause: seconds of rest before every call, which do not count either: the threads
+        of one library may go on spinning for a while when their work is done.
 
     Returns:
-      Times by name.
+      Seconds of every round, by name.
 
     Raises:
       ValueError: if there is nothing to call, or no round.
 
     Example:
-      >>> times = interleaved({"a": lambda: 0, "b": lambda: sum(range(9))}, rounds=3)
-      >>> times["a"].ratio
-      1.0
+      >>> seconds = interleaved({"a": lambda: 0, "b": lambda: sum(range(9))}, rounds=3)
+      >>> seconds["b"].shape
+      (3,)
     """
     if not calls or rounds < 1:
         raise ValueError(
@@ -48,17 +52,22 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(warm_up + rounds):
         for name, call in calls.items():
+            if pause:
+                time.sleep(pause)
             started = time.perf_counter()
             jax.block_until_ready(call())
+            taken = time.perf_counter() - started
             if number >= warm_up:
-                seconds[name].append(time.perf_counter() - started)
-    first = np.array(next(iter(seconds.values())))
-    return {
-        name: Times(*_quartiles(each), *_quartiles(np.array(each) / first))
-        for name, each in seconds.items()
-    }
+                seconds[name].append(taken)
+    return {name: np.array(each) for name, each in seconds.items()}
 
 
-def _quartiles(values: Any) -> tuple[float, float, float]:
+def spread(values: Float[np.ndarray, " rounds"]) -> Spread:
+    """The median and the middle half of some numbers.
+
+    Example:
+      >>> print(*spread(np.array([1.0, 2.0, 3.0, 4.0, 9.0])))
+      3.0 2.0 4.0
+    """
     low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
-    return float(median), float(low), float(high)
+    return Spread(float(median), float(low), float(high))

@@ -1,0 +1,271 @@
+"""Full training steps: forward, backward, resolution, optimizer, all in one program."""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import dtnh_jax
+from dtnh_jax import GradientPair, regularizers, rules
+from dtnh_jax.benchmarks.bloop import bloop, two_gradients
+from dtnh_jax.benchmarks.networks import Network
+from dtnh_jax.benchmarks.rows import Against, Row, one, timed
+from dtnh_jax.benchmarks.timing import interleaved
+
+STRENGTH = 1e-3
+DECAY = 0.9  # of moving averages, and of momentum
+RATE = 1e-4
+
+PLAIN, L2_SP, DISTILLATION = "plain", "L2-SP", "distillation"
+REFRESHED = "distillation, DTNH refreshed every 8"
+L2_SP_DTNH, DISTILLATION_DTNH = "L2-SP, DTNH global", "distillation, DTNH"
+FLOOR = "one forward, two backward passes"
+BLOOP, OURS_AS_BLOOP = "Bloop, two jax.grad", "Bloop's rule, ours"
+
+
+class State(NamedTuple):
+    """All that a step changes."""
+
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+
+class Data(NamedTuple):
+    """What a step is given; nothing of it is a constant of the program."""
+
+    batch: Any
+    pull: regularizers.WeightRegularizer
+
+
+# (network, state, data) -> gradients, batch_stats
+Gradients = Callable[[Network, State, Data], tuple[Any, Any]]
+
+
+class Method(NamedTuple):
+    """What gradients a step takes, and what becomes of them."""
+
+    gradients: Gradients
+    # What stands before the optimizer.
+    resolve: Callable[[Data], optax.GradientTransformation] = lambda data: (
+        optax.identity()
+    )
+    # A method that only takes gradients has no optimizer, and leaves the state.
+    has_optimizer: bool = True
+    # How many steps a call takes; they are not alike where weights are refreshed.
+    steps: int = 1
+
+
+class Program(NamedTuple):
+    """A step to be compiled: a pure function of the state, which it may reuse."""
+
+    step: Callable[[State, Data], Any]
+    state: State
+    data: Data
+    is_advancing: bool
+
+    def lower(self) -> Any:
+        """Traces the step, anew each time."""
+        step = jax.jit(
+            functools.partial(self.step),
+            donate_argnums=(0,) if self.is_advancing else (),
+        )
+        return step.lower(self.state, self.data)
+
+
+def _of_loss(network: Network, state: State, data: Data) -> tuple[Any, Any]:
+    def loss(params):
+        values, stats = network.objective(params, state.batch_stats, data.batch)
+        return values[0], stats
+
+    return jax.grad(loss, has_aux=True)(state.params)
+
+
+def _of_sum(network: Network, state: State, data: Data) -> tuple[Any, Any]:
+    def total(params):
+        values, stats = network.objective(params, state.batch_stats, data.batch)
+        return values[0] + STRENGTH * values[1], stats
+
+    return jax.grad(total, has_aux=True)(state.params)
+
+
+def _of_loss_and_pull(network: Network, state: State, data: Data) -> tuple[Any, Any]:
+    """Plain L2-SP in one line, as it would be written without this library."""
+    grads, stats = _of_loss(network, state, data)
+    pull = data.pull.gradient(state.params)
+    return jax.tree.map(lambda g, r: g + STRENGTH * r, grads, pull), stats
+
+
+def _of_pair(network: Network, state: State, data: Data) -> tuple[Any, Any]:
+    value_and_pair = dtnh_jax.value_and_gradient_pair(network.objective, has_aux=True)
+    (_, stats), pair = value_and_pair(state.params, state.batch_stats, data.batch)
+    return pair, stats
+
+
+def _of_two_calls(network: Network, state: State, data: Data) -> tuple[Any, Any]:
+    return two_gradients(network.objective, state.params, state.batch_stats, data.batch)
+
+
+def _pulled(**options: Any) -> Callable[[Data], optax.GradientTransformation]:
+    return lambda data: dtnh_jax.add_regularizer(data.pull, STRENGTH, **options)
+
+
+METHODS: dict[str, Method] = {
+    PLAIN: Method(_of_loss),
+    L2_SP: Method(_of_loss_and_pull),
+    L2_SP_DTNH: Method(_of_loss, _pulled()),
+    "L2-SP, DTNH leaf": Method(_of_loss, _pulled(scope="leaf")),
+    "L2-SP, DTNH unit": Method(_of_loss, _pulled(scope="unit")),
+    "L2-SP, DTNH element": Method(_of_loss, _pulled(scope="element")),
+    "L2-SP, never_hurt": Method(
+        _of_loss,
+        lambda data: dtnh_jax.never_hurt(STRENGTH, regularizer=data.pull),
+    ),
+    DISTILLATION: Method(_of_sum),
+    FLOOR: Method(_of_pair, has_optimizer=False),
+    DISTILLATION_DTNH: Method(_of_pair, lambda data: dtnh_jax.dtnh(STRENGTH)),
+    # It has gradients and state of its own, see `_refreshing`.
+    REFRESHED: Method(_of_sum, steps=8),
+    "distillation, never_hurt": Method(
+        _of_pair, lambda data: dtnh_jax.never_hurt(STRENGTH)
+    ),
+    BLOOP: Method(_of_two_calls, lambda data: bloop(STRENGTH, 1 - DECAY)),
+    OURS_AS_BLOOP: Method(
+        _of_pair,
+        lambda data: dtnh_jax.resolve_conflicts(
+            rules.orthogonal, STRENGTH, reference_decay=DECAY
+        ),
+    ),
+}
+COMPARISONS: Mapping[str, list[Against]] = {
+    L2_SP: [one(PLAIN)],
+    L2_SP_DTNH: [one(L2_SP, target=1.05)],
+    "L2-SP, DTNH leaf": [one(L2_SP, target=1.05)],
+    "L2-SP, DTNH unit": [one(L2_SP)],
+    "L2-SP, DTNH element": [one(L2_SP)],
+    "L2-SP, never_hurt": [one(L2_SP)],
+    DISTILLATION: [one(PLAIN)],
+    FLOOR: [one(DISTILLATION)],
+    DISTILLATION_DTNH: [one(FLOOR, target=1.05), one(DISTILLATION)],
+    REFRESHED: [one(DISTILLATION, target=1.15)],
+    "distillation, never_hurt": [one(FLOOR)],
+    OURS_AS_BLOOP: [one(BLOOP, target=1.0)],
+}
+OF_BLOOP = (BLOOP, OURS_AS_BLOOP)
+OF_STEPS = tuple(name for name in METHODS if name not in OF_BLOOP)
+
+
+def program(network: Network, name: str) -> Program:
+    """Puts the step of one of `METHODS` together."""
+    method = METHODS[name]
+    data = Data(network.batch, regularizers.l2_sp(network.source_params, new=["head"]))
+    sgd = optax.sgd(RATE, momentum=DECAY)
+    if name == REFRESHED:
+        return _refreshing(network, data, sgd, method.steps)
+
+    def optimizer(data):
+        return optax.chain(method.resolve(data), sgd)
+
+    def step(state: State, data: Data) -> Any:
+        grads, stats = method.gradients(network, state, data)
+        if not method.has_optimizer:
+            return grads, stats
+        updates, opt_state = optimizer(data).update(
+            grads, state.opt_state, state.params
+        )
+        return State(optax.apply_updates(state.params, updates), stats, opt_state)
+
+    opt_state = optimizer(data).init(network.params) if method.has_optimizer else ()
+    state = State(network.params, network.batch_stats, opt_state)
+    return Program(step, state, data, method.has_optimizer)
+
+
+def _refreshing(
+    network: Network,
+    data: Data,
+    optimizer: optax.GradientTransformation,
+    refresh_every: int,
+) -> Program:
+    """A step with `refreshed_gradient`, which takes the place of gradients."""
+    resolved = dtnh_jax.refreshed_gradient(
+        network.objective, STRENGTH, refresh_every=refresh_every, has_aux=True
+    )
+
+    def step(state: State, data: Data) -> State:
+        refreshed, inner = state.opt_state
+        (_, stats), grads, refreshed = resolved.value_and_gradient(
+            state.params, refreshed, state.batch_stats, data.batch
+        )
+        updates, inner = optimizer.update(grads, inner, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return State(params, stats, (refreshed, inner))
+
+    opt_state = resolved.init(network.params), optimizer.init(network.params)
+    return Program(
+        step, State(network.params, network.batch_stats, opt_state), data, True
+    )
+
+
+def contest(
+    group: str,
+    network: Network,
+    names: Iterable[str],
+    compiled: "Compiled",
+    rounds: int,
+) -> list[Row]:
+    """Times a step of each method in turn; of several steps in a call, their mean."""
+    seconds = interleaved(compiled.calls(network, names), rounds)
+    each = {name: taken / METHODS[name].steps for name, taken in seconds.items()}
+    return timed(group, network.name, each, COMPARISONS)
+
+
+class Compiled:
+    """Compiled steps by network and method, so that no two groups compile the same."""
+
+    def __init__(self):
+        self._compiled: dict[tuple[str, str], tuple[Program, Any]] = {}
+
+    def of(self, network: Network, name: str) -> tuple[Program, Any]:
+        """The step of a method, and its executable."""
+        key = network.name, name
+        if key not in self._compiled:
+            made = program(network, name)
+            self._compiled[key] = made, made.lower().compile()
+        return self._compiled[key]
+
+    def calls(
+        self, network: Network, names: Iterable[str]
+    ) -> dict[str, Callable[[], Any]]:
+        """What takes a step further at each call, by method."""
+        return {
+            name: _repeated(*self.of(network, name), METHODS[name].steps)
+            for name in names
+        }
+
+
+def _repeated(made: Program, executable: Any, steps: int) -> Callable[[], Any]:
+    # A copy, because the first step would take away what other methods start from.
+    state = jax.tree.map(lambda x: jnp.array(x, copy=True), made.state)
+
+    def call():
+        nonlocal state
+        out = None
+        for _ in range(steps):
+            out = executable(state, made.data)
+            if made.is_advancing:
+                state = out
+        return out
+
+    return call
+
+
+def pair_of(network: Network) -> tuple[tuple[Any, Any], GradientPair]:
+    """Values and gradients of the two terms, for checks."""
+    value_and_pair = dtnh_jax.value_and_gradient_pair(network.objective, has_aux=True)
+    (values, _), pair = jax.jit(value_and_pair)(
+        network.params, network.batch_stats, network.batch
+    )
+    return values, pair

@@ -1,0 +1,135 @@
+"""The transformation alone, against what the machine needs to move its bytes."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dtnh_jax import add_regularizer, dtnh
+from dtnh_jax.benchmarks.rows import Row
+from dtnh_jax.benchmarks.timing import Spread, interleaved, spread
+from dtnh_jax.regularizers import l2_sp
+
+GROUP = "transformation"
+_BLOCKS = 12
+_BYTES = 4  # of a number
+TARGET = 1.25  # of the floor, and of growth in proportion
+# How often memory is read or written once: by a copy; by the inner products of two
+# trees and their sum; and where one of the two is the difference of two more.
+_PASSES = {"copy": 2, "DTNH": 5, "L2-SP with DTNH": 7}
+
+
+def shapes(size: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of arrays with about `size` numbers in all, like those of a network.
+
+    Example:
+      >>> shapes(10_000)["in"], count(10_000)
+      ((10, 40), 10200)
+    """
+    # A block has 8 d^2 + 5 d numbers.
+    d = max(1, round((size / _BLOCKS / 8) ** 0.5 - 5 / 16))
+    block = {"in": (d, 4 * d), "bias": (4 * d,), "out": (4 * d, d), "scale": (d,)}
+    return {
+        f"{name}_{number}" if number else name: shape
+        for number in range(_BLOCKS)
+        for name, shape in block.items()
+    }
+
+
+def count(size: int) -> int:
+    """How many numbers there are in `shapes(size)`."""
+    return sum(math.prod(shape) for shape in shapes(size).values())
+
+
+def contestants(size: int) -> dict[str, Callable[[], Any]]:
+    """What is timed at one size: a copy of a tree, and two transformations.
+
+    All write to memory that is there already, as in a training step whose buffers are
+    donated: asking the system for new memory takes longer than to fill it.
+    """
+    rng = np.random.default_rng(0)
+    loss, other, source = (
+        {
+            name: jnp.array(rng.standard_normal(shape, np.float32))
+            for name, shape in shapes(size).items()
+        }
+        for _ in range(3)
+    )
+    resolve, pull = dtnh(0.1), l2_sp(source)
+
+    def copy(out, loss):
+        del out
+        return jax.tree.map(lambda x: 1.5 * x, loss)
+
+    def of_pair(out, loss, other, state):
+        del out
+        return resolve.update(loss, state, regularizer_grads=other)[0]
+
+    def of_weights(out, loss, params, pull, state):
+        del out
+        return add_regularizer(pull, 0.1).update(loss, state, params)[0]
+
+    state = resolve.init(loss)
+    arguments = {
+        "copy": (copy, (loss,)),
+        "DTNH": (of_pair, (loss, other, state)),
+        "L2-SP with DTNH": (of_weights, (loss, other, pull, state)),
+    }
+    return {name: _repeated(*each, loss) for name, each in arguments.items()}
+
+
+def _repeated(
+    function: Callable[..., Any], arguments: Sequence[Any], like: optax.Params
+) -> Callable[[], Any]:
+    """Returns a call that writes where the one before has written."""
+    compiled = jax.jit(function, donate_argnums=0, keep_unused=True)
+    out = jax.tree.map(jnp.zeros_like, like)
+
+    def call():
+        nonlocal out
+        out = compiled(out, *arguments)
+        return out
+
+    return call
+
+
+def measure(sizes: Sequence[int], rounds: int) -> list[Row]:
+    """Bytes moved a second, and times against the floor and the size before."""
+    ordered = sorted(sizes)
+    numbers = {size: count(size) for size in ordered}
+    calls = {
+        (size, name): call
+        for size in ordered
+        for name, call in contestants(size).items()
+    }
+    by_label = {f"{size} {name}": call for (size, name), call in calls.items()}
+    seconds = interleaved(by_label, rounds)
+    rows = []
+    for size, name in calls:
+        ours, copied = seconds[f"{size} {name}"], seconds[f"{size} copy"]
+        passes = _PASSES[name]
+        moved = spread(1e-9 * passes * _BYTES * numbers[size] / ours)
+        row = Row(GROUP, _title(size), name, moved, "GB/s")
+        if name == "copy":
+            rows.append(row)
+            continue
+        floor = copied * passes / _PASSES["copy"]
+
+        def compared(label: str, ratio: Spread, row=row) -> Row:
+            return row._replace(against=label, ratio=ratio, target=TARGET)
+
+        rows.append(compared(f"{passes} passes over memory", spread(ours / floor)))
+        before = ordered[ordered.index(size) - 1]
+        if before < size:
+            in_proportion = seconds[f"{before} {name}"] * numbers[size]
+            ratio = spread(ours / in_proportion * numbers[before])
+            rows.append(compared(f"in proportion to {_title(before)}", ratio))
+    return rows
+
+
+def _title(size: int) -> str:
+    return f"{size / 1e6:g}M parameters"

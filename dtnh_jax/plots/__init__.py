@@ -1,0 +1,29 @@
+"""Figures as functions of results; each returns a `matplotlib.figure.Figure`.
+
+Matplotlib is imported when a figure is asked for, and pyplot never: figures belong to
+the caller, who saves them (`figure.savefig("a.png")`) or shows them in a notebook.
+Colours are those of Okabe and Ito, which colour-blind readers can tell apart; lines
+differ in their dashes too, and bars in their hatching.
+"""
+
+from dtnh_jax.plots._style import COLOURS
+from dtnh_jax.plots.geometry import projection
+from dtnh_jax.plots.harm import harm_rates, strength_sweep, worst_cases
+from dtnh_jax.plots.speed import benchmark_ratios
+from dtnh_jax.plots.training import (
+    accuracy_by_method,
+    conflict_over_steps,
+    prediction_grid,
+)
+
+__all__ = [
+    "COLOURS",
+    "accuracy_by_method",
+    "benchmark_ratios",
+    "conflict_over_steps",
+    "harm_rates",
+    "prediction_grid",
+    "projection",
+    "strength_sweep",
+    "worst_cases",
+]

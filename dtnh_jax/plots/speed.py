@@ -1,0 +1,110 @@
+"""How long things take, next to what they should."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dtnh_jax.plots._style import COLOURS, GREY, HATCHES, blank
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# By whether the target is met: colours and hatching.
+_STYLES = {
+    True: (COLOURS[0], HATCHES[0], "target met"),
+    False: (COLOURS[1], HATCHES[1], "target missed"),
+    None: (COLOURS[5], HATCHES[2], "no target"),
+}
+
+
+def benchmark_ratios(rows: Sequence[Mapping[str, Any]]) -> "Figure":
+    """What each thing costs as a multiple of what it is compared with.
+
+    Args:
+      rows: as in the `rows` of `python -m dtnh_jax.benchmarks`, with `group`,
+        `subject`, `name`, `against`, `ratio`, `ratio_low`, `ratio_high`, `target` and
+        `is_met`; those without a `ratio` are left out.
+
+    Returns:
+      A figure with a panel for each group; the title says how many targets are met,
+      and which is missed the most. A bar is the median, its whisker the middle half
+      of the rounds, and a black tick the target.
+
+    Raises:
+      ValueError: if no row has a ratio.
+
+    Example:
+      >>> row = {"group": "steps", "subject": "net", "name": "ours", "against": "plain"}
+      >>> numbers = {"ratio": 1.0, "ratio_low": 0.9, "ratio_high": 1.1}
+      >>> goal = {"target": 1.05, "is_met": True}
+      >>> figure = benchmark_ratios([row | numbers | goal])
+      >>> figure.get_suptitle()
+      'All of 1 targets met'
+    """
+    drawn = [row for row in rows if row["ratio"] is not None]
+    if not drawn:
+        raise ValueError("`rows` must hold a row with a `ratio`, got none.")
+    groups = list(dict.fromkeys(row["group"] for row in drawn))
+    by_group = [[row for row in drawn if row["group"] == group] for group in groups]
+    figure = blank(9.5, 1.3 + 0.24 * len(drawn) + 0.45 * len(groups))
+    heights = [len(members) + 1 for members in by_group]
+    panels = figure.subplots(
+        len(groups), 1, squeeze=False, gridspec_kw={"height_ratios": heights}
+    )
+    for (axes,), group, members in zip(panels, groups, by_group):
+        _draw_group(axes, members)
+        axes.set_title(group, fontsize=10, loc="left", fontweight="bold")
+    from matplotlib.patches import Patch
+
+    seen = [state for state in _STYLES if any(row["is_met"] is state for row in drawn)]
+    handles = [
+        Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=label)
+        for colour, hatch, label in (_STYLES[state] for state in seen)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    panels[-1][0].set_xlabel(
+        "ratio: median and middle half of the rounds; black: target, at most"
+    )
+    figure.suptitle(_finding(drawn), fontsize=11)
+    return figure
+
+
+def _draw_group(axes: Any, members: Sequence[Mapping[str, Any]]) -> None:
+    furthest = max(max(row["ratio_high"], row["target"] or 1.0) for row in members)
+    for place, row in enumerate(members):
+        colour, hatch, _ = _STYLES[row["is_met"]]
+        axes.barh(
+            place,
+            row["ratio"],
+            height=0.7,
+            color=colour,
+            hatch=hatch,
+            edgecolor="white",
+            linewidth=0,
+        )
+        axes.plot([row["ratio_low"], row["ratio_high"]], [place] * 2, color=GREY, lw=2)
+        if row["target"] is not None:
+            ends = [place - 0.45, place + 0.45]
+            axes.plot([row["target"]] * 2, ends, color="black", lw=2)
+        axes.text(
+            1.13 * furthest, place, f"{row['ratio']:.2f}", va="center", fontsize=7
+        )
+    axes.axvline(1, color=GREY, linewidth=0.8, linestyle=":")
+    labels = [f"{row['subject']}: {row['name']} / {row['against']}" for row in members]
+    axes.set_yticks(range(len(members)), labels, fontsize=7)
+    axes.set_ylim(len(members) - 0.4, -0.6)
+    axes.set_xlim(0, 1.25 * furthest)
+
+
+def _finding(rows: Sequence[Mapping[str, Any]]) -> str:
+    aimed = [row for row in rows if row["target"] is not None]
+    missed = [row for row in aimed if not row["is_met"]]
+    if not aimed:
+        return "Times without targets"
+    if not missed:
+        return f"All of {len(aimed)} targets met"
+    worst = max(missed, key=lambda row: row["ratio"] / row["target"])
+    return (
+        f"{len(aimed) - len(missed)} of {len(aimed)} targets met; furthest off: "
+        f"{worst['subject']}, {worst['name']},\n{worst['ratio']:.2f} times "
+        f"{worst['against']}, where {worst['target']:g} was the target"
+    )
