@@ -11,7 +11,12 @@ import pytest
 import tiny_matrix
 from tiny_matrix import TINY, write_idx
 
-from dtnh_jax import GradientPair, regularizers
+from dtnh_jax import (
+    GradientPair,
+    refreshed_gradient,
+    regularizers,
+    value_and_gradient_pair,
+)
 from dtnh_jax.matrix import batches, images, rules, sources, study
 from dtnh_jax.matrix.cells import Cell
 from dtnh_jax.matrix.networks import FEATURE_LAYERS, ResNet8
@@ -212,6 +217,27 @@ def test_cautious_weight_decay_asks_the_step_and_not_the_gradient():
         kept = np.where(trace * np.asarray(r) >= 0, np.asarray(r), 0)
         np.testing.assert_allclose(updates, -trace - 0.5 * kept, rtol=1e-6)
     assert trace[0] > 0 > steps[1][0]  # where gradient and step differ in sign
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_kept_weights_are_those_of_the_refreshed_gradient(every):
+    def objective(params, batch):
+        return jnp.sum((params - batch) ** 2), jnp.sum((params - 2 * batch[::-1]) ** 2)
+
+    batches = np.random.default_rng(0).standard_normal((7, 4)).astype(np.float32)
+    params, strength = jnp.ones(4), 0.7
+    resolved = refreshed_gradient(objective, strength, refresh_every=every)
+    tx = rules.kept_weights(every)(optax.sgd(1.0), strength)
+    theirs, ours = resolved.init(params), tx.init(params)
+    in_conflict = 0
+    for batch in batches:
+        _, gradient, theirs = resolved.value_and_gradient(params, theirs, batch)
+        _, pair = value_and_gradient_pair(objective)(params, batch)
+        updates, ours = tx.update(pair, ours, params)
+        np.testing.assert_allclose(updates, -gradient, rtol=2e-5, atol=1e-5)
+        in_conflict += float(jnp.vdot(pair.loss, pair.regularizer)) < 0
+        params = params + 0.1 * updates
+    assert 0 < in_conflict < 7
 
 
 def test_every_example_is_seen_once_an_epoch():

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Iterator
 
 from dtnh_jax.benchmarks import (
+    contests,
     networks,
     peers,
     programs,
@@ -25,7 +26,7 @@ def parts(config: Config) -> Iterator[Part]:
     Programs are kept from one part to the next, since what takes time in a short run
     is to compile them.
     """
-    compiled = steps.Compiled()
+    compiled = contests.Compiled()
 
     @functools.cache
     def residual() -> Network:
@@ -41,7 +42,7 @@ def parts(config: Config) -> Iterator[Part]:
         return networks.encoder(config.batch_size, *size)
 
     def contest(group: str, network: Network, names: tuple[str, ...]) -> list[Row]:
-        return steps.contest(group, network, names, compiled, config.rounds)
+        return contests.contest(group, network, names, compiled, config.rounds)
 
     def peer(network: Network, is_convolutional: bool) -> list[Row]:
         return peers.measure(network, config.rounds, is_convolutional)

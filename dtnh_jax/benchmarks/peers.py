@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dtnh_jax.benchmarks import steps
+from dtnh_jax.benchmarks import contests, steps
 from dtnh_jax.benchmarks.networks import Network
 from dtnh_jax.benchmarks.rows import Against, Row, one, timed
 from dtnh_jax.benchmarks.timing import Seconds, interleaved
@@ -56,7 +56,7 @@ def measure(network: Network, rounds: int, is_convolutional: bool) -> list[Row]:
     Raises:
       ValueError: if the two frameworks do not compute the same.
     """
-    compiled = steps.Compiled()
+    compiled = contests.Compiled()
     ours = compiled.calls(network, [steps.PLAIN, steps.DISTILLATION_DTNH])
     calls = {
         PLAIN: ours[steps.PLAIN],
@@ -117,7 +117,10 @@ def check_same(network: Network) -> None:
             theirs, params, retain_graph=True, allow_unused=True
         )
         norm = float(np.sqrt(sum(float((x**2).sum()) for x in grads if x is not None)))
-        found = {"value": (ours, float(theirs)), "gradient": (_norm(gradient), norm)}
+        found = {
+            "value": (float(ours), theirs.item()),
+            "gradient": (_norm(gradient), norm),
+        }
         for what, (left, right) in found.items():
             if not np.isclose(left, right, rtol=1e-3):
                 raise ValueError(

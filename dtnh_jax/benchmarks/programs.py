@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from dtnh_jax.benchmarks import steps
+from dtnh_jax.benchmarks import contests, steps
 from dtnh_jax.benchmarks.networks import Network
 from dtnh_jax.benchmarks.rows import Row, one, timed
 from dtnh_jax.benchmarks.timing import Spread, interleaved
@@ -40,7 +40,7 @@ def compile_times(network: Network, rounds: int) -> list[Row]:
     return timed("compile", network.name, seconds, comparisons, unit="s")
 
 
-def memory(network: Network, compiled: steps.Compiled) -> list[Row]:
+def memory(network: Network, compiled: contests.Compiled) -> list[Row]:
     """Bytes that a step has in use at its peak, as the compiler knows them."""
     found = {}
     for name in dict.fromkeys([*_KEPT.values(), *_KEPT]):

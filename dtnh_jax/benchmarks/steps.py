@@ -1,19 +1,17 @@
 """Full training steps: forward, backward, resolution, optimizer, all in one program."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import dtnh_jax
 from dtnh_jax import GradientPair, regularizers, rules
 from dtnh_jax.benchmarks.bloop import bloop, two_gradients
 from dtnh_jax.benchmarks.networks import Network
-from dtnh_jax.benchmarks.rows import Against, Row, one, timed
-from dtnh_jax.benchmarks.timing import interleaved
+from dtnh_jax.benchmarks.rows import Against, one
 
 STRENGTH = 1e-3
 DECAY = 0.9  # of moving averages, and of momentum
@@ -207,59 +205,6 @@ def _refreshing(
     return Program(
         step, State(network.params, network.batch_stats, opt_state), data, True
     )
-
-
-def contest(
-    group: str,
-    network: Network,
-    names: Iterable[str],
-    compiled: "Compiled",
-    rounds: int,
-) -> list[Row]:
-    """Times a step of each method in turn; of several steps in a call, their mean."""
-    seconds = interleaved(compiled.calls(network, names), rounds)
-    each = {name: taken / METHODS[name].steps for name, taken in seconds.items()}
-    return timed(group, network.name, each, COMPARISONS)
-
-
-class Compiled:
-    """Compiled steps by network and method, so that no two groups compile the same."""
-
-    def __init__(self):
-        self._compiled: dict[tuple[str, str], tuple[Program, Any]] = {}
-
-    def of(self, network: Network, name: str) -> tuple[Program, Any]:
-        """The step of a method, and its executable."""
-        key = network.name, name
-        if key not in self._compiled:
-            made = program(network, name)
-            self._compiled[key] = made, made.lower().compile()
-        return self._compiled[key]
-
-    def calls(
-        self, network: Network, names: Iterable[str]
-    ) -> dict[str, Callable[[], Any]]:
-        """What takes a step further at each call, by method."""
-        return {
-            name: _repeated(*self.of(network, name), METHODS[name].steps)
-            for name in names
-        }
-
-
-def _repeated(made: Program, executable: Any, steps: int) -> Callable[[], Any]:
-    # A copy, because the first step would take away what other methods start from.
-    state = jax.tree.map(lambda x: jnp.array(x, copy=True), made.state)
-
-    def call():
-        nonlocal state
-        out = None
-        for _ in range(steps):
-            out = executable(state, made.data)
-            if made.is_advancing:
-                state = out
-        return out
-
-    return call
 
 
 def pair_of(network: Network) -> tuple[tuple[Any, Any], GradientPair]:

@@ -79,7 +79,10 @@ def contestants(size: int) -> dict[str, Callable[[], Any]]:
         "DTNH": (of_pair, (loss, other, state)),
         "L2-SP with DTNH": (of_weights, (loss, other, pull, state)),
     }
-    return {name: _repeated(*each, loss) for name, each in arguments.items()}
+    return {
+        name: _repeated(function, given, loss)
+        for name, (function, given) in arguments.items()
+    }
 
 
 def _repeated(

@@ -84,6 +84,38 @@ def cautious(
     return optax.GradientTransformation(init, update)
 
 
+def kept_weights(refresh_every: int) -> Builder:
+    """What `refreshed_gradient` returns, made of the pair that it does without.
+
+    So accuracies are those of `dtnh_jax.refreshed_gradient`, and times are not.
+
+    Args:
+      refresh_every: how many steps weights are kept for.
+    """
+
+    def build(optimizer, strength):
+        resolve = resolve_conflicts(rules.dtnh, strength)  # for what it sees
+
+        def init(params):
+            return optimizer.init(params), resolve.init(params), jnp.ones([])
+
+        def update(updates, state, params=None):
+            inner, seen, weight = state
+            is_refresh = seen.step % refresh_every == 0
+            _, seen = resolve.update(updates, seen, params)
+            g, r = updates.loss, updates.regularizer
+            product = strength * optax.tree.vdot(g, r)
+            slope = product / optax.tree.norm(g, squared=True)
+            weight = jnp.where(is_refresh, 1 - jnp.minimum(slope, 0), weight)
+            resolved = jax.tree.map(lambda g, r: weight * g + strength * r, g, r)
+            step, inner = optimizer.update(resolved, inner, params)
+            return step, (inner, seen, weight)
+
+        return optax.GradientTransformation(init, update)
+
+    return build
+
+
 # A candidate is one more row. Results are kept by the name of the row: one that means
 # something else from now on needs another name.
 RULES: dict[str, Builder] = {
@@ -105,6 +137,7 @@ RULES: dict[str, Builder] = {
         reference_decay=0.9,
         trust_ratio=1.0,
     ),
+    **{f"refresh-{every}": kept_weights(every) for every in (2, 4, 8, 16)},
     # Beside the optimizer, which gets the loss's gradient alone.
     "sum-decoupled": lambda optimizer, strength: decoupled(
         optimizer, strength, rule=rules.weighted_sum

@@ -15,6 +15,10 @@ _STYLES = {
     None: (COLOURS[5], HATCHES[2], "no target"),
 }
 
+# Ticks of axes that reach far from 1, or not.
+_FAR = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+_NEAR = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.5, 1.75, 2, 2.5)
+
 
 def benchmark_ratios(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     """What each thing costs as a multiple of what it is compared with.
@@ -26,8 +30,8 @@ def benchmark_ratios(rows: Sequence[Mapping[str, Any]]) -> "Figure":
 
     Returns:
       A figure with a panel for each group; the title says how many targets are met,
-      and which is missed the most. A bar is the median, its whisker the middle half
-      of the rounds, and a black tick the target.
+      and which is missed the most. A bar goes from 1 to the median, its whisker is
+      the middle half of the rounds, and a black tick the target.
 
     Raises:
       ValueError: if no row has a ratio.
@@ -69,12 +73,14 @@ def benchmark_ratios(rows: Sequence[Mapping[str, Any]]) -> "Figure":
 
 
 def _draw_group(axes: Any, members: Sequence[Mapping[str, Any]]) -> None:
-    furthest = max(max(row["ratio_high"], row["target"] or 1.0) for row in members)
+    """Bars from 1, on a logarithmic axis: twice is as far from it as half."""
+    axes.set_xscale("log")
     for place, row in enumerate(members):
         colour, hatch, _ = _STYLES[row["is_met"]]
         axes.barh(
             place,
-            row["ratio"],
+            row["ratio"] - 1,
+            left=1,
             height=0.7,
             color=colour,
             hatch=hatch,
@@ -82,17 +88,25 @@ def _draw_group(axes: Any, members: Sequence[Mapping[str, Any]]) -> None:
             linewidth=0,
         )
         axes.plot([row["ratio_low"], row["ratio_high"]], [place] * 2, color=GREY, lw=2)
+        axes.plot([row["ratio"]], [place], "D", color=colour, markeredgecolor="white")
         if row["target"] is not None:
             ends = [place - 0.45, place + 0.45]
             axes.plot([row["target"]] * 2, ends, color="black", lw=2)
-        axes.text(
-            1.13 * furthest, place, f"{row['ratio']:.2f}", va="center", fontsize=7
-        )
-    axes.axvline(1, color=GREY, linewidth=0.8, linestyle=":")
+        beside = axes.get_yaxis_transform()
+        label = f"{row['ratio']:.2f}"
+        axes.text(1.01, place, label, transform=beside, va="center", fontsize=7)
+    axes.axvline(1, color=GREY, linewidth=0.8)
     labels = [f"{row['subject']}: {row['name']} / {row['against']}" for row in members]
     axes.set_yticks(range(len(members)), labels, fontsize=7)
     axes.set_ylim(len(members) - 0.4, -0.6)
-    axes.set_xlim(0, 1.25 * furthest)
+    ends = [1.0, *(row[key] for row in members for key in ("ratio_low", "ratio_high"))]
+    ends += [row["target"] for row in members if row["target"] is not None]
+    low, high = 0.93 * min(ends), 1.07 * max(ends)
+    ticks = _NEAR if high / low < 3 else _FAR
+    shown = [tick for tick in ticks if low <= tick <= high]
+    axes.set_xlim(low, high)
+    axes.set_xticks(shown, [f"{tick:g}" for tick in shown])
+    axes.set_xticks([], minor=True)
 
 
 def _finding(rows: Sequence[Mapping[str, Any]]) -> str:
