@@ -69,7 +69,7 @@ def _figures(folder: pathlib.Path, results: dict[str, Any]) -> dict[str, str]:
     for regularizer, optimizer in sorted(
         {(row["regularizer"], row["optimizer"]) for row in results["rows"]}
     ):
-        shown = {rule["rule"] for rule in _main_table(results, optimizer)["rules"]}
+        shown = {rule["rule"] for rule in _main_rules(results, optimizer)}
         panels: dict[str, dict[str, list[Any]]] = {}
         for row in results["rows"]:
             where = (row["regularizer"], row["optimizer"])
@@ -97,9 +97,10 @@ def _mean_panels(table: dict[str, Any]) -> dict[str, dict[str, list[Any]]]:
     return panels
 
 
-def _main_table(results: dict[str, Any], optimizer: str) -> dict[str, Any]:
-    """The table of the most cells."""
-    return next(x for x in results["tables"] if x["optimizer"] == optimizer)
+def _main_rules(results: dict[str, Any], optimizer: str) -> list[dict[str, Any]]:
+    """The rules of the table of the most cells."""
+    tables = [x for x in results["tables"] if x["optimizer"] == optimizer]
+    return max(tables, key=lambda table: table["cells"])["rules"]
 
 
 def _rule_rows(rules: list[dict[str, Any]]) -> list[list[str]]:

@@ -10,6 +10,7 @@ from scipy import special
 from dtnh_jax.finetune.results import plain
 from dtnh_jax.finetune.statistics import estimate
 from dtnh_jax.matrix.cells import ALONE, SCRATCH, Cell, Records
+from dtnh_jax.matrix.photographs import TARGETS as PHOTOGRAPHS
 from dtnh_jax.matrix.records import seconds
 from dtnh_jax.matrix.rules import RULES
 
@@ -56,7 +57,9 @@ def summarize(records: Records, split: Split) -> dict[str, Any]:
         "rows": rows,
         "tables": [
             table
-            for optimizer, members in grouped((row["optimizer"], row) for row in rows)
+            for (optimizer, _), members in grouped(
+                ((row["optimizer"], row["target"] in PHOTOGRAPHS), row) for row in rows
+            )
             for table in _tables(optimizer, members, records)
         ],
     }
@@ -150,7 +153,8 @@ def surely_below(chances: Sequence[float | None], level: float = 0.025) -> int:
 def _tables(optimizer: str, rows: Sequence[Row], records: Records) -> list[Row]:
     """One table for every set of cells that a rule has, with all rules that have it.
 
-    So numbers in one table are of the same cells, and can be compared.
+    So numbers in one table are of the same cells, and can be compared. Rows are those
+    of one optimizer and of one kind of network.
     """
     cells_of = {
         rule: {_place_of(row, each) for row in members for each in row["strengths"]}
