@@ -133,6 +133,7 @@ def test_the_loss_of_a_process_ends_the_other_and_a_new_pair_goes_on(
     assert_same_curves(run_dir, alone)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_both_at_one_step(data_dir, alone, tmp_path):
     run_dir = tmp_path / "run"
     pair = start_pair(data_dir, run_dir)

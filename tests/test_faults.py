@@ -48,6 +48,7 @@ OPTIONS = {
 # Kills
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_at_random_moments_ends_the_same(tmp_path):
     expected, seconds = kill_and_resume.uninterrupted(tmp_path / "data", tmp_path / "a")
     for number, share in enumerate((0.35, 0.8)):

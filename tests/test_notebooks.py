@@ -23,6 +23,7 @@ NAMES = (
     "quickstart",
     "tpu_and_sharding",
 )
+SLOW = ("anatomy_of_conflict", "tpu_and_sharding")
 each_notebook = pytest.mark.parametrize("name", NAMES)
 
 
@@ -49,7 +50,13 @@ def test_there_are_no_other_notebooks():
     assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == list(NAMES)
 
 
-@each_notebook
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name in NAMES
+    ],
+)
 def test_a_notebook_runs_in_its_fast_mode(name):
     notebook = load(name)
     committed = [len(pictures(cell)) for cell in code_of(notebook)]

@@ -135,7 +135,7 @@ def harm_rates(rates: Mapping[str, Mapping[str, float]]) -> "Figure":
     first.set_yticks(range(len(names)), names)
     first.set_ylim(len(names) - 0.4, -0.6)
     first.set_xlim(0, 118 * largest or 1.0)
-    figure.supxlabel("cells harmed (%)", fontsize=10)
+    figure.supxlabel("harmed (%)", fontsize=10)
     return figure
 
 
