@@ -32,8 +32,8 @@ def make_mesh(sizes: Mapping[str, int] | None = None) -> Mesh:
       ValueError: there are fewer devices, or it leaves out those of some process.
 
     Example:
-      >>> make_mesh({"fsdp": 1}).shape
-      OrderedDict({'data': 1, 'fsdp': 1})
+      >>> dict(make_mesh({"fsdp": 1}).shape)
+      {'data': 1, 'fsdp': 1}
     """
     devices = jax.devices()
     several = jax.process_count() > 1
