@@ -11,6 +11,7 @@ import time
 
 import pytest
 import tiny_network
+from kill_and_resume import deterministic
 
 from dtnh_jax.finetune.__main__ import main
 from dtnh_jax.finetune.methods import REGULARIZERS
@@ -63,17 +64,6 @@ def wait_for_lines(process, path, count):
     while not path.exists() or len(path.read_text().splitlines()) < count:
         assert process.poll() is None, process.communicate()
         time.sleep(0.002)
-
-
-def deterministic(run_dir):
-    """Everything but wall-clock times, as text, so that equality is bitwise."""
-    results = json.loads((run_dir / "results.json").read_text())
-    del results["measured"]
-    text = (run_dir / "metrics.jsonl").read_text()
-    lines = [json.loads(line) for line in text.splitlines()]
-    for line in lines:
-        del line["seconds"], line["images_per_second"]
-    return json.dumps(results), [json.dumps(line) for line in lines]
 
 
 def test_an_interrupted_run_goes_on_to_bitwise_the_same_results(data_dir, tmp_path):

@@ -19,7 +19,12 @@ SOURCE = tiny_network.TINY
 ORIGINAL = sources.original_variables(SOURCE)
 KEY = loop.training_key(0)
 BATCH, STEPS, STRENGTH = 8, 3, 0.3
-METHODS_TRIED = ["fine-tuning", "l2_sp+dtnh", "feature_map+dtnh", "l2_sp+never_hurt"]
+METHODS_TRIED = [
+    "fine-tuning",
+    "l2_sp+dtnh",
+    "feature_map+dtnh",
+    pytest.param("l2_sp+never_hurt", marks=pytest.mark.slow),
+]
 
 
 @functools.cache
@@ -84,10 +89,7 @@ def assert_close(one, other, rtol):
         np.testing.assert_allclose(x, y, rtol=rtol, atol=0.1 * rtol)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [*METHODS_TRIED[:3], pytest.param("l2_sp+never_hurt", marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("name", METHODS_TRIED)
 def test_a_mesh_has_the_results_of_one_device(name):
     one, lines = trained(name)
     many, others = trained(name, (("data", 2), ("fsdp", 2)))

@@ -48,7 +48,7 @@ class Config:
     logit_distillation."""
     strengths: tuple[float, ...] = (1e-4, 1e-2, 1.0, 1e2)
     """Multiples of each regularizer's usual strength."""
-    rules: tuple[str, ...] = ("none", "sum", "dtnh", "element", "gate-element")
+    rules: tuple[str, ...] = ("none", "sum", "dtnh", "never-hurt")
     """What becomes of conflicts. Plain fine-tuning, to which all is compared, always
     runs; `none` adds training from scratch."""
     optimizers: tuple[str, ...] = ("sgd",)

@@ -146,10 +146,12 @@ RULES: dict[str, Builder] = {
     "never-hurt": lambda optimizer, strength: optax.chain(
         never_hurt(strength), optimizer
     ),
-    # The same without one of its parts.
+    # The same without one of its parts, or with a tighter bound.
     "no-gate": _recipe(gate=False),
     "no-bound": _recipe(bound=False),
     "no-confidence": _recipe(confidence=False),
+    "bound-0.3": _recipe(trust_ratio=0.3),
+    "bound-0.1": _recipe(trust_ratio=0.1),
     "no-average": _recipe(confidence=False, reference_decay=0.0),
 }
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
