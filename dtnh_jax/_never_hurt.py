@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -11,6 +10,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from dtnh_jax import _measure, _scopes, _trees, metrics, rules
 from dtnh_jax._axes import AxisName
+from dtnh_jax._confidence import Moments, confidence, moments
 from dtnh_jax._given import checked_regularizers, given_gradients, layout_of
 from dtnh_jax._options import Mask, Number, Options, Strength, check_number
 from dtnh_jax._part import Part, over_devices
@@ -166,8 +166,11 @@ def with_ingredients(
         layout = layout_of(options, loss, getters, params)
         groups = Groups(np.eye(len(layout.xs), dtype=bool), rows_of(layout, None))
 
-        def moments(times: int = 0) -> list[_Moments]:
-            return _moments(layout, _measure.hide(state, times), reference_decay)
+        def known(times: int = 0) -> list[Moments]:
+            hidden = _measure.hide(state, times)
+            means = layout.pick(hidden.mean)
+            roots = layout.pick(hidden.root_mean_square)
+            return moments(layout.xs, means, roots, hidden.step, reference_decay)
 
         def resolve(get_ys, strength, seen, bounds):
             del bounds
@@ -187,7 +190,7 @@ def with_ingredients(
                     own_unit,
                 )
                 for each, y, cosine, own_unit in zip(
-                    moments(), ys, jnp.unstack(seen.cosine), jnp.unstack(unit),
+                    known(), ys, jnp.unstack(seen.cosine), jnp.unstack(unit),
                     strict=True,
                 )
             ]  # fmt: skip
@@ -201,7 +204,7 @@ def with_ingredients(
 
         found = resolve_each(
             options, layout, groups, getters, state.step, state.metrics, resolve,
-            lambda times: [each.mean for each in moments(times)],
+            lambda times: [each.mean for each in known(times)],
         )  # fmt: skip
 
         def kept(new: list[Array], tree: PyTree) -> PyTree:
@@ -212,8 +215,8 @@ def with_ingredients(
 
         state = NeverHurtState(
             found.step,
-            kept([each.raw_mean for each in moments()], state.mean),
-            kept([each.raw_root for each in moments()], state.root_mean_square),
+            kept([each.raw_mean for each in known()], state.mean),
+            kept([each.raw_root for each in known()], state.root_mean_square),
             found.metrics,
         )
         return add_parts(layout, found.parts), state
@@ -221,50 +224,9 @@ def with_ingredients(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-class _Moments(NamedTuple):
-    """What is known of the loss's gradient in one leaf."""
-
-    raw_mean: Array  # to be kept, with the bias of a start from zero
-    raw_root: Array
-    mean: Array  # without it
-    ratio: Array  # of the mean's size to the root mean square, from 0 to 1
-    freedom: Float[Array, ""]  # degrees of freedom of the mean
-
-
-def _moments(
-    layout: _trees.Layout,
-    state: NeverHurtState,
-    decay: Number,
-) -> list[_Moments]:
-    """Takes one more gradient into account."""
-    decay = jnp.asarray(decay, jnp.float32)
-    forgotten = decay ** (state.step + 1)  # the weight that the zeros still have
-    freedom = (1 + decay) / (1 - decay) * (1 - forgotten) / (1 + forgotten) - 1
-    freedom = jnp.where(state.step == 0, 0, jnp.maximum(freedom, 0))
-
-    def of_leaf(mean, root, x):
-        x = _trees.as_float32(x)
-        new_mean = decay * mean + (1 - decay) * x
-        size = jnp.sqrt(1 - decay) * jnp.abs(x)
-        new_root = _hypot(jnp.sqrt(decay) * root, size)
-        unbiased = new_mean / (1 - forgotten)
-        true_root = new_root / jnp.sqrt(1 - forgotten)
-        ratio = jnp.abs(unbiased) * _scopes.reciprocal(true_root)
-        return _Moments(new_mean, new_root, unbiased, ratio, freedom)
-
-    columns = layout.pick(state.mean), layout.pick(state.root_mean_square), layout.xs
-    return [of_leaf(*each) for each in zip(*columns)]
-
-
-def _hypot(a: Array, b: Array) -> Array:
-    """The root of a sum of squares, with a derivative of 0 where both are 0."""
-    is_zero = (a == 0) & (b == 0)
-    return jnp.where(is_zero, 0, jnp.hypot(jnp.where(is_zero, 1, a), b))
-
-
 def _sure_part(
     ingredients: Ingredients,
-    moments: _Moments,
+    moments: Moments,
     y: Array,
     trust_ratio: Number,
     cosine: Float[Array, ""],
@@ -285,7 +247,7 @@ def _sure_part(
     # From -1 to 1: of real numbers, whether the signs are the same.
     agreement = _scopes.real_product(jnp.sign(mean), jnp.sign(y))
     if ingredients.confidence:
-        kept = _confidence(agreement * moments.ratio, moments.freedom) * size
+        kept = confidence(agreement * moments.ratio, moments.freedom) * size
     else:
         kept = jnp.where(agreement > 0, size, 0)
     if ingredients.bound:
@@ -295,23 +257,3 @@ def _sure_part(
     squares = jnp.square(kept * _scopes.reciprocal(unit))
     norm = unit * _scopes.root(jnp.sum(squares))
     return kept * jnp.sign(y), norm, jnp.mean(agreement < 0)
-
-
-def _confidence(ratio: Array, freedom: Float[Array, ""]) -> Array:
-    """`2 p - 1`, at least 0, where `p` is the chance that a mean's true sign is plus.
-
-    Args:
-      ratio: of a mean to the root mean square of what it is of, from -1 to 1.
-      freedom: degrees of freedom of the mean. Its t is
-        `sqrt(freedom) * ratio / sqrt(1 - ratio^2)`.
-
-    References:
-      Wallace, 1959, equation 2.5, https://doi.org/10.1214/aoms/1177706090, for the
-      normal deviate that is as likely as a t: wrong by less than 0.01 in `p` for one
-      degree of freedom, and by less than 0.0005 for eighteen.
-    """
-    ratio = jnp.clip(ratio, 0, 1 - 2.0**-24)
-    # log(1 + t^2 / freedom) = -log(1 - ratio^2)
-    spread = _scopes.root(-freedom * jnp.log1p(-ratio * ratio))
-    deviate = (8 * freedom + 1) / (8 * freedom + 3) * spread
-    return jax.lax.erf(deviate / np.sqrt(2.0).astype(np.float32))

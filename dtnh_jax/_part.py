@@ -17,17 +17,19 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dtnh_jax import _axes, _scopes, _trees, rules
+from dtnh_jax._plan import (
+    Plan,
+    add,
+    bounded,
+    keeps_all,
+    make_plan,
+    part_norm,
+    shrinkage,
+)
 from dtnh_jax._scopes import Geometry
 
 NAMED_SCOPES = ("global", "leaf", "unit", "element")
 Scope = str | PyTree[str] | Callable[[PyTree], PyTree[str]]
-
-# Relative to its summands, a sum below this is their rounding: the two cancel.
-_ROUNDING = 1e-6
-# Sums over many parameters leave this much of a square uncertain.
-_UNCERTAIN = 1e-5
-# A ratio of lengths beyond this one is as good as infinite in single precision.
-_SMALLEST_RATIO = 1e-15
 
 
 class Part(NamedTuple):
@@ -132,7 +134,7 @@ def resolve(
     if trust is not None and stage.scope == "element":
         # One number has no length but its own: the bound is per leaf.
         own = leaves if trust.leaves is None else trust.leaves
-        shrink = jnp.unstack(_shrink(norm, trust.ratio * own.x_norm))
+        shrink = jnp.unstack(shrinkage(norm, trust.ratio * own.x_norm))
         parts = [by * part for by, part in zip(shrink, parts)]
         is_whole = [whole & (by == 1) for by, whole in zip(shrink, is_whole)]
     return Part(parts, is_whole, norm, conflict)
@@ -173,19 +175,19 @@ def _resolve_groups(xs, ys, strength, stage, trust, leaves: Geometry) -> Part:
     """Groups of whole leaves: the rule works on a vector with an entry per group."""
     index, member = membership(stage.scope, stage.labels, len(xs))
     groups = _scopes.merge(leaves, member)
-    plan = _plan(groups, stage)
+    plan = make_plan(groups, stage.rule, stage.is_coupled)
     share = leaves.x_norm * _scopes.reciprocal(groups.x_norm)[index]
-    norms = _part_norm(leaves, Plan(plan.along[index] * share, plan.kept[index]))
+    norms = part_norm(leaves, Plan(plan.along[index] * share, plan.kept[index]))
     if trust is not None:
         bounds = groups
         if trust.leaves is not None:
             bounds = _scopes.merge(trust.leaves, member)
-        plan = _bounded(plan, groups, trust.ratio * bounds.x_norm)
+        plan = bounded(plan, groups, trust.ratio * bounds.x_norm)
     columns = [
         plan.along,
         _scopes.reciprocal(groups.x_norm),
         plan.kept * strength,
-        _is_whole(plan),
+        keeps_all(plan),
     ]
     # Without the barrier XLA works these vectors out anew in the loop of every leaf.
     columns = jax.lax.optimization_barrier(columns)
@@ -194,7 +196,7 @@ def _resolve_groups(xs, ys, strength, stage, trust, leaves: Geometry) -> Part:
     for g, x, y in zip(index, xs, ys):
         along, by, kept, whole = rows[g]
         x, y = _trees.as_float32(x), _trees.as_float32(y)
-        parts.append(_sum(along * (by * x), kept * y))
+        parts.append(add(along * (by * x), kept * y))
         is_whole.append(whole)
     conflict = (groups.cosine < 0).astype(jnp.float32)
     return Part(parts, is_whole, norms, conflict[index])
@@ -208,15 +210,15 @@ def _resolve_units(x, y, strength, stage, trust, length) -> tuple:
     """
     units = _scopes.measure_units(x, y)
     units = units._replace(y_norm=units.y_norm * strength)
-    plan = _plan(units, stage)
-    norm = _scopes.norm(_part_norm(units, plan))
+    plan = make_plan(units, stage.rule, stage.is_coupled)
+    norm = _scopes.norm(part_norm(units, plan))
     if trust is not None:
         own = units if length is None else _scopes.measure_units(length, length)
-        plan = _bounded(plan, units, trust.ratio * own.x_norm)
+        plan = bounded(plan, units, trust.ratio * own.x_norm)
     x, y = _trees.as_float32(x), _trees.as_float32(y)
     direction = _scopes.reciprocal(units.x_norm) * x
-    part = _sum(plan.along * direction, plan.kept * strength * y)
-    return part, _is_whole(plan), norm, jnp.mean(units.cosine < 0)
+    part = add(plan.along * direction, plan.kept * strength * y)
+    return part, keeps_all(plan), norm, jnp.mean(units.cosine < 0)
 
 
 def _resolve_elements(x, y, strength, stage, leaf: Geometry) -> tuple:
@@ -226,19 +228,12 @@ def _resolve_elements(x, y, strength, stage, leaf: Geometry) -> tuple:
     """
     x, y = _trees.as_float32(x), strength * _trees.as_float32(y)
     elements = _scopes.measure_elements(x, y)
-    plan = _plan(elements, stage)
-    part = _sum(plan.along * jnp.sign(x), plan.kept * y)
+    plan = make_plan(elements, stage.rule, stage.is_coupled)
+    part = add(plan.along * jnp.sign(x), plan.kept * y)
     unit = _longest(leaf)
     squares = jnp.square(jnp.abs(part * _scopes.reciprocal(unit)))
     norm = unit * _scopes.root(jnp.sum(squares))
-    return part, _is_whole(plan), norm, jnp.mean(elements.cosine < 0)
-
-
-class Plan(NamedTuple):
-    """The regularizer's part in coordinates: `along * x / ||x|| + kept * y`."""
-
-    along: Float[Array, "..."]
-    kept: Float[Array, "..."]
+    return part, keeps_all(plan), norm, jnp.mean(elements.cosine < 0)
 
 
 def membership(
@@ -252,60 +247,3 @@ def membership(
     else:
         index = np.zeros(leaves, int)
     return index, np.arange(index.max(initial=-1) + 1)[:, None] == index[None, :]
-
-
-def _is_whole(plan: Plan) -> Bool[Array, "..."]:
-    return (plan.along == 0) & (plan.kept == 1)
-
-
-def _plan(group: Geometry, stage: Stage) -> Plan:
-    """Asks the rule, about gradients that are scaled so that their squares exist."""
-    if not stage.is_coupled:  # then `x` is but a direction, of any length: that of `y`
-        group = group._replace(x_norm=jnp.where(group.x_norm > 0, group.y_norm, 0))
-    weights, x = weigh(stage.rule, group)
-    return Plan((weights[..., 0] - 1) * x, weights[..., 1])
-
-
-def weigh(rule: rules.Rule, group: Geometry) -> tuple[Array, Array]:
-    """Returns a rule's weights `[..., 2]`, and the length of `x` that it was told."""
-    largest = jnp.maximum(group.x_norm, group.y_norm)
-    by = _scopes.reciprocal(largest)
-    x, y = [
-        jnp.where(n == 0, 0, jnp.maximum(n * by, _SMALLEST_RATIO))
-        for n in (group.x_norm, group.y_norm)
-    ]
-    weights = rule(rules.Entries(x * x, x * y * group.cosine, y * y))
-    return weights, x * largest
-
-
-def _part_norm(group: Geometry, plan: Plan, uncertain: float = 0.0) -> Array:
-    """The length of the part; `uncertain` is the share of squares that may be lost."""
-    along, kept = plan.along, plan.kept * group.y_norm
-    largest = jnp.maximum(jnp.abs(along), jnp.abs(kept))
-    a, b = [value * _scopes.reciprocal(largest) for value in (along, kept)]
-    squares = a * a + b * b
-    square = squares + 2 * a * b * group.cosine
-    return largest * _scopes.root(jnp.maximum(square, uncertain * squares))
-
-
-def _bounded(plan: Plan, group: Geometry, limit: Array) -> Plan:
-    """Shrinks a plan until the norm of the part that it makes is at most `limit`.
-
-    Where the part's two summands cancel, its norm is known no better than to rounding:
-    a bound that trusted a smaller value would let a huge regularizer's rounding
-    through. So the norm here errs on the large side.
-    """
-    shrink = _shrink(_part_norm(group, plan, _UNCERTAIN), limit)
-    return Plan(plan.along * shrink, plan.kept * shrink)
-
-
-def _shrink(norm: Array, limit: Array) -> Array:
-    """The factor, at most 1, that brings a norm down to a limit."""
-    return jnp.where(norm > limit, limit * _scopes.reciprocal(norm), 1)
-
-
-def _sum(along: Array, kept: Array) -> Array:
-    """`along + kept`, with an exact zero where the two cancel but for rounding."""
-    part = along + kept
-    rounding = _ROUNDING * (jnp.abs(along) + jnp.abs(kept))
-    return jnp.where(jnp.abs(part) <= rounding, 0, part)

@@ -9,34 +9,32 @@ features-*.npy   of one layer each, [n, ...]
 lock             held while the folder is being filled
 """
 
-import contextlib
 import hashlib
 import itertools
 import json
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from dtnh_jax import _trees
-
-try:
-    import fcntl
-except ImportError:  # on Windows, where two processes must not fill one folder
-    fcntl = None
+from dtnh_jax._cache_files import (
+    UNUSABLE,
+    Stored,
+    create,
+    locked,
+    open_folder,
+    write_meta,
+)
+from dtnh_jax._hashes import digest, fingerprint
 
 _VERSION = 1  # of the format; another one is another key
-_DIGEST_BYTES = 16
 _ENTRY = "teacher"
-# What reading a folder raises that is missing, cut off or garbled.
-_UNUSABLE = (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError)
 
 Example = Mapping[str, Any]  # of arrays
 Examples = grain.MapDataset | grain.sources.RandomAccessDataSource
@@ -44,29 +42,6 @@ Examples = grain.MapDataset | grain.sources.RandomAccessDataSource
 
 class StaleCacheError(ValueError):
     """An example is not the one that the cached features were computed from."""
-
-
-def fingerprint(tree: PyTree) -> str:
-    """Hashes a tree: paths, dtypes, shapes and bytes of its leaves.
-
-    Containers count by their paths alone, so a `FrozenDict` is as good as a dict.
-
-    Args:
-      tree: of arrays and numbers, such as a network's variables.
-
-    Returns:
-      A SHA-256 in hexadecimal digits.
-
-    Raises:
-      TypeError: if a leaf is neither an array nor a number; names its path.
-
-    Example:
-      >>> fingerprint({"w": np.ones(2)}) == fingerprint({"w": jnp.ones(2, float)})
-      False
-      >>> fingerprint({"w": np.float32([1, 1])}) == fingerprint({"w": jnp.ones(2)})
-      True
-    """
-    return _hashed(tree, hashlib.sha256()).hexdigest()
 
 
 def cache_features(
@@ -143,7 +118,7 @@ def cache_features(
             f"`examples` must hold a number of examples, at least 1, got {got}. Repeat "
             "what `cache_features` returns."
         )
-    if _digest(_read(examples, 0)) != _digest(_read(examples, 0)):
+    if digest(_read(examples, 0)) != digest(_read(examples, 0)):
         raise StaleCacheError(
             "`examples` must give the same example whenever it is read, got two at "
             "index 0: drop random augmentation."
@@ -152,12 +127,12 @@ def cache_features(
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     folder = pathlib.Path(directory).expanduser().absolute() / name
     try:
-        is_complete = _open(folder).done == count
-    except _UNUSABLE:
+        is_complete = open_folder(folder).done == count
+    except UNUSABLE:
         is_complete = False
     if not is_complete:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
+        with locked(folder):
             _fill(folder, examples, compute, names, batch_size, progress)
     cached = _Cached(examples, folder)
     _ = cached[0]  # other data are found out now, not in the first epoch
@@ -169,14 +144,14 @@ class _Cached:
 
     def __init__(self, examples: Examples, folder: pathlib.Path):
         self._examples, self._folder = examples, folder
-        self._stored: _Stored | None = None
+        self._stored: Stored | None = None
 
     def __len__(self) -> int:
         return len(self._examples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if self._stored is None:
-            self._stored = _open(self._folder)
+            self._stored = open_folder(self._folder)
         example, stored = _read(self._examples, index), self._stored
         _check(example, index, stored.digests, self._folder)
         # Copies, so that nobody holds on to the files or finds arrays read-only.
@@ -186,58 +161,6 @@ class _Cached:
     def __getstate__(self) -> dict[str, Any]:
         # Each process maps the files itself; pickled, they would be sent as a whole.
         return {**self.__dict__, "_stored": None}
-
-
-class _Stored(NamedTuple):
-    """What a folder holds, mapped from its files."""
-
-    meta: dict[str, Any]
-    digests: np.ndarray  # uint8 [n, 16]
-    features: dict[str, np.ndarray]  # [n, ...] by layer
-
-    @property
-    def done(self) -> int:
-        """How many examples are complete."""
-        return self.meta["done"]
-
-
-def _open(folder: pathlib.Path, mode: Literal["r", "r+"] = "r") -> _Stored:
-    """Maps the files of a folder; raises one of `_UNUSABLE` if they are not whole."""
-    meta = json.loads((folder / "meta.json").read_text())
-    arrays = {}
-    for name, entry in meta["arrays"].items():
-        path, dtype = folder / entry["file"], jnp.dtype(entry["dtype"])
-        # Before it is mapped: mapping a file to write it fills up what is cut off.
-        is_whole = path.stat().st_size == entry["bytes"]
-        array = np.load(path, mmap_mode=mode) if is_whole else None
-        if array is None or list(array.shape) != entry["shape"]:
-            raise ValueError(f"{path} is not what meta.json says.")
-        arrays[name] = array.view(dtype)  # a file knows bfloat16 as two bytes
-    stored = _Stored(meta, arrays.pop(""), arrays)
-    if not 0 <= stored.done <= len(stored.digests):
-        raise ValueError(f"{folder} has {stored.done} of {len(stored.digests)}.")
-    return stored
-
-
-def _create(
-    folder: pathlib.Path, count: int, values: Mapping[str, np.ndarray]
-) -> _Stored:
-    """Makes files for features like those of one batch."""
-    digests = np.empty((0, _DIGEST_BYTES), np.uint8)
-    meta: dict[str, Any] = {"done": 0, "arrays": {}}
-    # A layer's name may be no name of a file, and is never empty.
-    for number, (name, value) in enumerate({"": digests, **values}.items()):
-        file = f"features-{number}.npy" if name else "digests.npy"
-        shape, dtype = (count, *value.shape[1:]), value.dtype
-        np.lib.format.open_memmap(folder / file, "w+", dtype=dtype, shape=shape)
-        meta["arrays"][name] = {
-            "file": file,
-            "bytes": (folder / file).stat().st_size,
-            "shape": list(shape),
-            "dtype": dtype.name,
-        }
-    _write_meta(folder, meta)
-    return _open(folder, "r+")
 
 
 def _fill(
@@ -251,8 +174,8 @@ def _fill(
     """Computes the features that a folder does not hold yet."""
     count, stored = len(examples), None
     try:
-        stored = _open(folder, "r+")
-    except _UNUSABLE:
+        stored = open_folder(folder, "r+")
+    except UNUSABLE:
         # Deleted, not overwritten: some process may have mapped the old files.
         for path in [*folder.glob("*.npy"), *folder.glob("meta.json*")]:
             path.unlink()
@@ -271,7 +194,7 @@ def _fill(
         if len(rows) < end - start:
             raise ValueError("`examples` must not be filtered, some are missing.")
         values = _computed(compute(_stacked(rows, start, batch_size)), names)
-        stored = stored or _create(folder, count, values)
+        stored = stored or create(folder, count, values)
         for name, value in values.items():
             features = stored.features[name]
             expected = (batch_size, *features.shape[1:])
@@ -283,13 +206,13 @@ def _fill(
                 )
             features[start:end] = value[: end - start]
         stored.digests[start:end] = [
-            np.frombuffer(_digest(row), np.uint8) for row in rows
+            np.frombuffer(digest(row), np.uint8) for row in rows
         ]
         for array in (stored.digests, *stored.features.values()):
             cast(np.memmap, array).flush()
         # Last: what it counts as done is on disk.
         stored.meta["done"] = end
-        _write_meta(folder, stored.meta)
+        write_meta(folder, stored.meta)
 
 
 def _read(examples: Examples, index: int) -> Example:
@@ -345,53 +268,12 @@ def _check(
     example: Example, index: int, digests: np.ndarray, folder: pathlib.Path
 ) -> None:
     """Raises unless an example is the one that its features belong to."""
-    if _digest(example) != digests[index].tobytes():
+    if digest(example) != digests[index].tobytes():
         raise StaleCacheError(
             f"Example {index} is not the one that its features in {folder} were "
             "computed from: delete that folder if the data have changed, or drop "
             "random augmentation."
         )
-
-
-def _digest(example: Example) -> bytes:
-    return _hashed(example, hashlib.blake2b(digest_size=_DIGEST_BYTES)).digest()
-
-
-def _hashed(tree: PyTree, into: Any) -> Any:
-    """Feeds a tree to a hash: paths, dtypes, shapes and bytes of its leaves."""
-    for path, leaf in jax.tree.leaves_with_path(tree):
-        if isinstance(leaf, jax.Array) and jnp.issubdtype(
-            leaf.dtype, jax.dtypes.prng_key
-        ):
-            leaf = jax.random.key_data(leaf)
-        array = np.asarray(leaf)
-        name = _trees.path_name(path)
-        if array.dtype.hasobject:
-            raise TypeError(
-                f"A leaf must be an array or a number, got {type(leaf).__name__} at "
-                f"{name!r}."
-            )
-        # As JSON, so that no two sequences of leaves spell the same bytes.
-        head = [name, array.dtype.name, array.dtype.byteorder, array.shape]
-        into.update(json.dumps(head).encode() + b"\n")
-        into.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-    return into
-
-
-def _write_meta(folder: pathlib.Path, meta: dict[str, Any]) -> None:
-    """Writes meta.json so that readers see the old file or the new one, whole."""
-    partial = folder / "meta.json.partial"
-    partial.write_text(json.dumps(meta, indent=1) + "\n")
-    os.replace(partial, folder / "meta.json")
-
-
-@contextlib.contextmanager
-def _locked(folder: pathlib.Path) -> Iterator[None]:
-    """Waits while another process fills the folder; a killed one lets go."""
-    with (folder / "lock").open("w") as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _tracked(starts: Sequence[int], progress: bool) -> Iterable[int]:

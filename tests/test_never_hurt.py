@@ -8,7 +8,8 @@ import pytest
 from scipy import stats
 
 from dtnh_jax import GradientPair, conflict_metrics, never_hurt
-from dtnh_jax._never_hurt import Ingredients, _confidence, with_ingredients
+from dtnh_jax._confidence import confidence
+from dtnh_jax._never_hurt import Ingredients, with_ingredients
 from dtnh_jax.regularizers import l2_sp
 
 SHAPES = {"kernel": (4, 3), "bias": (3,)}
@@ -111,7 +112,7 @@ def test_confidence_is_that_of_students_t(freedom):
     t = np.linspace(-6, 6, 61)
     ratio = jnp.asarray(t / np.sqrt(freedom + t**2), jnp.float32)
     expected = np.maximum(2 * stats.t.cdf(t, freedom) - 1, 0)
-    ours = _confidence(ratio, jnp.float32(freedom))
+    ours = confidence(ratio, jnp.float32(freedom))
     np.testing.assert_allclose(ours, expected, atol=0.02 if freedom < 2 else 0.003)
 
 

@@ -6,10 +6,7 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
-
-import tyro
+from typing import Any, Literal
 
 from dtnh_jax.finetune.methods import (
     ADDED,
@@ -18,50 +15,8 @@ from dtnh_jax.finetune.methods import (
     REGULARIZERS,
     RULES,
 )
+from dtnh_jax.finetune.option_types import Mesh, Strengths
 
-
-def _read_mesh(words: Sequence[str]) -> dict[str, int]:
-    """Returns the sizes in `data=4,fsdp=2`."""
-    pairs = [part.partition("=") for word in words for part in word.split(",")]
-    if not all(equals and size.isdecimal() for _, equals, size in pairs):
-        raise ValueError("a mesh is written AXIS=SIZE,AXIS=SIZE, such as data=4,fsdp=2")
-    if len({axis for axis, _, _ in pairs}) < len(pairs):
-        raise ValueError("a mesh has each of its axes once")
-    return {axis: int(size) for axis, _, size in pairs}
-
-
-_Mesh = Annotated[
-    dict[str, int],
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="AXIS=SIZE,...",
-        instance_from_str=_read_mesh,
-        is_instance=lambda value: isinstance(value, dict),
-        str_from_instance=lambda value: [
-            ",".join(f"{k}={v}" for k, v in value.items())
-        ],
-    ),
-]
-
-
-def _read_strengths(words: Sequence[str]) -> dict[str, float]:
-    """Returns the strengths in `l2_sp=0.1 feature_map=0.001`."""
-    pairs = [word.partition("=") for word in words]
-    if not all(equals for _, equals, _ in pairs):
-        raise ValueError("strengths are written NAME=NUMBER, such as l2_sp=0.1")
-    return {name: float(number) for name, _, number in pairs}
-
-
-_Strengths = Annotated[
-    dict[str, float],
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="NAME=NUMBER",
-        instance_from_str=_read_strengths,
-        is_instance=lambda value: isinstance(value, dict),
-        str_from_instance=lambda value: [f"{k}={v:g}" for k, v in value.items()],
-    ),
-]
 _DEFAULT_STEPS, _DEFAULT_EPOCHS = 36, 12
 # For a target whose pictures are known; `splitting.sizes` counts those of the others.
 _OF_TARGET = {
@@ -109,7 +64,7 @@ class Config:
     methods: tuple[str, ...] = DEFAULT_METHODS
     """What to compare: REGULARIZER adds the gradients, REGULARIZER+dtnh resolves them,
     REGULARIZER+never_hurt follows as far as the loss surely agrees; or `all`."""
-    strength: _Strengths = dataclasses.field(default_factory=dict)
+    strength: Strengths = dataclasses.field(default_factory=dict)
     """Strengths to use instead of the default ones, such as l2_sp=0.1."""
     tune: bool = False
     """Choose every strength that is not given by validation accuracy first."""
@@ -145,7 +100,7 @@ class Config:
     """Repetitions of --tune. By default as many as --seeds."""
     checkpoint_every: int = 25
     """Steps between checkpoints, from which an interrupted run goes on."""
-    mesh: _Mesh = dataclasses.field(default_factory=dict)
+    mesh: Mesh = dataclasses.field(default_factory=dict)
     """Devices to spread over: batches over data and fsdp, weights over fsdp. By default
     one, or all devices of --distributed."""
     accumulate: int = 1
