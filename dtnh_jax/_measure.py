@@ -4,8 +4,8 @@ Shape letters: L leaves, G groups.
 """
 
 import itertools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,14 @@ from dtnh_jax._scopes import Geometry, geometry_of, is_each_by_itself, real_prod
 from dtnh_jax._trees import as_float32
 
 # Sums of squares between these bounds have lost nothing to underflow or overflow.
-_SMALLEST, _LARGEST = 1e-24, 1e30
-# With these factors others are too, from 1e-30 to 1e30 and beyond. Their squares are
-# finite, because XLA multiplies scale by scale where it knows an array to be zero.
-_UP, _DOWN = 2.0**60, 2.0**-60
+_SMALLEST, _LARGEST = 1e-24, 1e36
+# With the first factor those of gradients with norms from 1e-23 to 1e6 are, and squares
+# down to those of 1e-30 are not 0. With the others those of norms from 1e-30 to 1e30
+# are. What is below is as good as zeros.
+_USUAL, _UP, _DOWN = 2.0**39, 2.0**63, 2.0**-63
+# Leaves of one shape with at most so many numbers are measured as one array. To copy
+# them is nothing, and to compile the same sums again for each of them is not.
+_SMALL = 2**14
 
 
 class Pairing(NamedTuple):
@@ -78,33 +82,32 @@ def measure(pairings: list[Pairing], axes: tuple[str, ...] = ()) -> list[Geometr
         xs, ys = [list(itertools.chain(*column)) for column in columns]
         return xs, ys
 
-    def scales_for(*sums: Array) -> Array:
+    def scales_for(squares: Array) -> Array:
         members = [pairing.member for pairing in pairings]
-        split = zip(*[jnp.split(each, ends[:-1]) for each in sums], members)
+        split = zip(jnp.split(squares, ends[:-1]), members)
         return jnp.concatenate([_scale_for(*each) for each in split])
 
     data = get(0)
     leaves = [*data[0], *data[1]]
+    alike = _alike(*data)
     if not leaves:
         return [Geometry(*[jnp.zeros([0], jnp.float32)] * 3) for _ in pairings]
     copies = _axes.copies(list(zip(*data)), axes)
 
     def measure(pass_: _Pass) -> _Pass:
-        x_bys, y_bys = map(jnp.unstack, pass_.next_by)
-        rows = [
-            _products(*each)
-            for each in zip(zip(*get(0)), zip(*get(1)), zip(*get(2)), x_bys, y_bys)
-        ]
-        *sums, x_size, y_size = _axes.add(_stack(rows), copies, axes)
-        next_by = scales_for(sums[0], x_size), scales_for(sums[2], y_size)
+        pairs, again = zip(*get(0)), zip(*get(1))
+        sums = _axes.add(
+            _products(list(zip(pairs, again)), pass_.next_by, alike), copies, axes
+        )
+        next_by = scales_for(sums[0]), scales_for(sums[2])
         return _Pass(pass_.number + 1, tuple(sums), pass_.next_by, next_by)
 
     def is_needed(pass_: _Pass) -> Array:
-        is_out_of_range = jnp.any(jnp.stack(pass_.next_by) != 1)
+        is_out_of_range = jnp.any(jnp.stack(pass_.next_by) != _USUAL)
         return (pass_.number == 0) | is_out_of_range
 
-    ones = (jnp.ones([ends[-1]], jnp.float32),) * 2
-    pass_ = _Pass(jnp.zeros([], jnp.int32), (ones[0],) * 3, ones, ones)
+    usual = (jnp.full([ends[-1]], _USUAL, jnp.float32),) * 2
+    pass_ = _Pass(jnp.zeros([], jnp.int32), (usual[0],) * 3, usual, usual)
     if any(isinstance(leaf, Tracer) for leaf in [pass_.number, *leaves]):
 
         def turn(pass_, _):
@@ -151,16 +154,14 @@ def _before(
 
 def _scale_for(
     squares: Float[Array, "L"],
-    sizes: Float[Array, "L"],
     member: Bool[np.ndarray, "G L"],
 ) -> Float[Array, "L"]:
     """A power of two for each leaf that brings the sum of its group into range.
 
     Args:
-      squares: their sums.
-      sizes: sums of absolute values, which are 0 for zeros alone. These are in range:
-        heads that a regularizer does not reach, frozen leaves and dead units are common
-        and are not to cost a second pass at every step.
+      squares: their sums. Sums of 0 are in range: heads that a regularizer does not
+        reach, frozen leaves and dead units are common and are not to cost a second
+        pass at every step.
       member: which leaves are in which group.
     """
 
@@ -170,36 +171,58 @@ def _scale_for(
         return jnp.sum(jnp.where(member, values[None, :], 0), axis=-1)
 
     groups = by_group(squares)
-    is_small = (groups < _SMALLEST) & (by_group(sizes) > 0)
-    scales = jnp.where(is_small, _UP, jnp.where(groups > _LARGEST, _DOWN, 1))
+    is_small = (groups > 0) & (groups < _SMALLEST)
+    scales = jnp.where(is_small, _UP, jnp.where(groups > _LARGEST, _DOWN, _USUAL))
     if not is_each_by_itself(member):
         scales = jnp.where(member, scales[:, None], 0).max(axis=0)
     return scales.astype(jnp.float32)
 
 
+def _alike(xs: list[Array], ys: list[Array]) -> list[list[int]]:
+    """Numbers of the leaves that can be stacked, and of each of the others alone."""
+    groups: dict[Any, list[int]] = {}
+    for i, pair in enumerate(zip(xs, ys)):
+        types = [jax.typeof(a) for a in pair]
+        is_small = types[0].size <= _SMALL
+        key = [(t.shape, t.dtype, t.sharding, t.manual_axis_type) for t in types]
+        groups.setdefault((*key, None if is_small else i), []).append(i)
+    return list(groups.values())
+
+
 def _products(
-    pair: tuple[Array, Array],
-    same: tuple[Array, Array],
-    again: tuple[Array, Array],
-    x_by: Array,
-    y_by: Array,
-) -> tuple[Array, ...]:
-    """The three inner products of a leaf, scaled, and the sums of absolute values.
+    leaves: list[tuple[tuple[Array, Array], tuple[Array, Array]]],
+    by: tuple[Float[Array, "L"], Float[Array, "L"]],
+    alike: list[list[int]],
+) -> tuple[Float[Array, "L"], ...]:
+    """The three inner products of every leaf, scaled.
 
     Args:
-      pair: the two arrays; `same` and `again` are the same, see `hide`.
-      same: for the mixed product. Each array is scaled by something else there, with
-        the same result, again so that XLA has nothing to share.
-      again: for the absolute values.
-      x_by: scale of the first array, a power of two.
-      y_by: scale of the second.
+      leaves: for each the two arrays, and the same again, see `hide`: for the mixed
+        product. Each array is scaled by something else there, with the same result, so
+        that XLA has nothing to share.
+      by: scales of the first and the second arrays, powers of two.
+      alike: from `_alike`.
     """
-    x, y = map(as_float32, pair)
-    xx, yy = [jnp.sum(real_product(a, a)) for a in (x * x_by, y * y_by)]
-    x, y = map(as_float32, same)
-    xy = jnp.sum(real_product(x * (2 * x_by), y * (y_by / 2)))
-    return xx, xy, yy, *[jnp.sum(jnp.abs(as_float32(a))) for a in again]
+    order = np.concatenate(alike)
+    ends = np.cumsum([len(group) for group in alike])[:-1]
+    x_bys, y_bys = (jnp.split(each[order], ends) for each in by)
+    rows = []
+    for group, x_by, y_by in zip(alike, x_bys, y_bys):
+        (xs, ys), (again_xs, again_ys) = (
+            zip(*each) for each in zip(*_at(leaves, group))
+        )
+        shape = [len(group)] + [1] * xs[0].ndim
+        x_by, y_by = (jnp.reshape(each, shape) for each in (x_by, y_by))
+        xx, yy = [real_product(a, a) for a in (_stack(xs) * x_by, _stack(ys) * y_by)]
+        xy = real_product(_stack(again_xs) * (2 * x_by), _stack(again_ys) * (y_by / 2))
+        axes = tuple(range(1, len(shape)))
+        rows.append([jnp.sum(a, axes) for a in (xx, xy, yy)])
+    return tuple(jnp.concatenate(column)[np.argsort(order)] for column in zip(*rows))
 
 
-def _stack(rows: list[tuple[Array, ...]]) -> tuple[Array, ...]:
-    return tuple(jnp.stack(column) for column in zip(*rows))
+def _at(items: list[Any], places: list[int]) -> list[Any]:
+    return [items[i] for i in places]
+
+
+def _stack(arrays: Sequence[Array]) -> Array:
+    return jnp.stack([as_float32(a) for a in arrays])

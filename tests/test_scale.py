@@ -115,7 +115,7 @@ def test_fully_sharded_updates_take_one_or_two_small_sums_and_gather_nothing(nam
     ("small", "passes"), [(0.0, 1), (1.0, 1), (1e-25, 2)], ids=["zero", "one", "tiny"]
 )
 def test_leaves_of_zeros_cost_no_second_pass(small, passes):
-    """A pass asks for the arrays three times, once for each of its sums."""
+    """A pass asks for the arrays twice: for their squares, and for their product."""
     calls = []
 
     def get(times):
@@ -123,8 +123,29 @@ def test_leaves_of_zeros_cost_no_second_pass(small, passes):
         return [jnp.ones(3), jnp.full(4, small)], [jnp.ones(3), jnp.zeros(4)]
 
     (seen,) = _measure.measure([_measure.Pairing(get, np.eye(2, dtype=bool))])
-    assert calls == [0] + [0, 1, 2] * passes  # at first, for their types
+    assert calls == [0] + [0, 1] * passes  # at first, for their types
     np.testing.assert_allclose(seen.x_norm, [3**0.5, 2 * small], rtol=1e-6)
+
+
+def test_leaves_of_one_shape_are_measured_each_at_its_own_scale():
+    rng = np.random.default_rng(0)
+    scales = [1e-30, 0.0, 1.0, 1e30, 1e-12, 1e7]
+    shapes = [(3, 4)] * len(scales) + [(5,)]
+    xs, ys = (
+        [by * rng.standard_normal(shape) for by, shape in zip([*each, 1.0], shapes)]
+        for each in (scales, scales[::-1])
+    )
+
+    def get(_):
+        return [jnp.float32(x) for x in xs], [jnp.float32(y) for y in ys]
+
+    pairing = _measure.Pairing(get, np.eye(len(xs), dtype=bool))
+    seen = jax.jit(lambda: _measure.measure([pairing])[0])()
+    for x, y, x_norm, y_norm, cosine in zip(xs, ys, *seen):
+        norms = np.linalg.norm(x), np.linalg.norm(y)
+        np.testing.assert_allclose([x_norm, y_norm], norms, rtol=1e-6)
+        expected = np.sum(x * y) / (norms[0] * norms[1]) if all(norms) else 0
+        np.testing.assert_allclose(cosine, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_never_hurt_has_a_derivative_where_gradients_are_zero():
