@@ -1,5 +1,6 @@
 """Resolution with one backward pass on most steps: weights are kept for some."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from dtnh_jax import _part, metrics, rules
+from dtnh_jax import _plan, metrics, rules
 from dtnh_jax._options import Options, Strength, check_count
 from dtnh_jax._protect import ConflictState, add_parts, init_state, regularizer_parts
 from dtnh_jax._scopes import Geometry
@@ -30,7 +31,11 @@ class RefreshedGradient(NamedTuple):
     """What `refreshed_gradient` returns."""
 
     init: Callable[[optax.Params], RefreshState]
+    # (params, state, *args) -> values, gradient, state. The first measures when it is
+    # time to, the second always, the third does not.
     value_and_gradient: Callable[..., tuple[Any, optax.Updates, RefreshState]]
+    refresh: Callable[..., tuple[Any, optax.Updates, RefreshState]]
+    reuse: Callable[..., tuple[Any, optax.Updates, RefreshState]]
 
 
 def refreshed_gradient(
@@ -55,6 +60,11 @@ def refreshed_gradient(
     of that time. Where `g` was then much shorter than `r`, `w[0]` is large, and so is
     the loss's part until both are measured again.
 
+    Whether a step measures is decided inside of the program, by a branch. XLA runs
+    convolutions in branches on one thread of a CPU, an order of magnitude slower than
+    elsewhere. For those there are `refresh`, which always measures, and `reuse`, which
+    does not: jit a step with each, and choose in the loop, by the number of the step.
+
     There is only the global scope: weights of whole terms can stand in front of a
     backward pass; weights that differ between leaves need each leaf's gradient of
     the loss alone, which is the pass that is to be saved.
@@ -78,10 +88,12 @@ def refreshed_gradient(
       has_aux: whether `objective` returns auxiliary data too.
 
     Returns:
-      Two functions. `init(params)` returns a state, and `value_and_gradient(params,
+      Four functions. `init(params)` returns a state, and `value_and_gradient(params,
       state, *args)` returns `((loss, regularizer), gradient, state)`, or with `has_aux`
       `(((loss, regularizer), aux), gradient, state)`. The gradient is resolved: it is
-      for any optimizer, and for none of this library's transformations.
+      for any optimizer, and for none of this library's transformations. `refresh` and
+      `reuse` are the same, but measure whether it is time to or not; where what `reuse`
+      has to return is not finite, it measures all the same.
 
     Raises:
       ValueError: for values that are out of range.
@@ -120,7 +132,8 @@ def refreshed_gradient(
         unmeasured = {name: jnp.array([1.0, 0.0]) for name in options.strengths}
         return RefreshState(state.step, options.join(unmeasured), state.metrics)
 
-    def value_and_gradient(params, state, *args, **kwargs):
+    def step(is_due, params, state, *args, **kwargs):
+        """`is_due` is a bool, or an array where the program is to decide."""
         at = linearize(params, *args, **kwargs)
         kept = options.by_name(state.weights, "state.weights")
         options.by_name(at.values[1], "regularizer")  # has it the names of `strength`?
@@ -155,11 +168,10 @@ def refreshed_gradient(
             shapes = jax.eval_shape(one)
             return [jnp.full(x.shape, jnp.nan, x.dtype) for x in shapes]
 
-        if refresh_every == 1:
+        if is_due is True:
             leaves, state = both()
         else:
-            is_due = state.step % refresh_every == 0
-            guess = jax.lax.cond(is_due, unknown, one)
+            guess = jax.lax.cond(is_due, unknown, one) if is_due is not False else one()
             finite = [jnp.all(jnp.isfinite(x)) for x in guess]
             following = state._replace(step=optax.safe_increment(state.step))
             leaves, state = jax.lax.cond(
@@ -168,7 +180,12 @@ def refreshed_gradient(
         outputs = (at.values, at.aux) if has_aux else at.values
         return outputs, at.tree(leaves), state
 
-    return RefreshedGradient(init, value_and_gradient)
+    def value_and_gradient(params, state, *args, **kwargs):
+        is_due = refresh_every == 1 or state.step % refresh_every == 0
+        return step(is_due, params, state, *args, **kwargs)
+
+    refresh, reuse = (functools.partial(step, is_due) for is_due in (True, False))
+    return RefreshedGradient(init, value_and_gradient, refresh, reuse)
 
 
 def _term(options: Options, name: str) -> Callable[[Any], Any]:
@@ -180,5 +197,5 @@ def _weights(
 ) -> Float[Array, "2"]:
     """The weights of the two gradients, or those before where one is not finite."""
     norms = seen.loss_norm, seen.regularizer_norm
-    weights, _ = _part.weigh(rule, Geometry(*norms, seen.cosine))
+    weights, _ = _plan.weigh(rule, Geometry(*norms, seen.cosine))
     return jnp.where(jnp.isfinite(norms[0]) & jnp.isfinite(norms[1]), weights, kept)

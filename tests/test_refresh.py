@@ -58,9 +58,8 @@ def as_transformation(objective, tx):
         gradient, state = tx.update(pair, state, params)
         return values, gradient, state
 
-    return type(refreshed_gradient(objective, 1.0, refresh_every=1))(
-        tx.init, value_and_gradient
-    )
+    resolved = refreshed_gradient(objective, 1.0, refresh_every=1)
+    return resolved._replace(init=tx.init, value_and_gradient=value_and_gradient)
 
 
 SCHEDULE = optax.linear_schedule(0.5, 4.0, 5)
@@ -204,6 +203,34 @@ def test_one_backward_pass_in_between_and_one_forward_pass_in_all():
     backward = plain - 3
     # In the first one it is due or not, in the second the result is finite or not.
     assert [sorted(branch) for branch in branches] == [[0, backward], [0, 2 * backward]]
+
+
+def test_a_loop_that_counts_needs_no_branch():
+    resolved = refreshed_gradient(terms, SCHEDULE, refresh_every=3)
+    refresh, reuse, either = map(
+        jax.jit, (resolved.refresh, resolved.reuse, resolved.value_and_gradient)
+    )
+    state = other = resolved.init(PARAMS)
+    for i in range(5):
+        x = X * (1 + 0.2 * i)
+        take = reuse if i % 3 else refresh
+        values, got, state = take(PARAMS, state, x)
+        expected_values, expected, other = either(PARAMS, other, x)
+        chex.assert_trees_all_close(got, expected, rtol=1e-6)
+        chex.assert_trees_all_close(values, expected_values, rtol=1e-6)
+        chex.assert_trees_all_close(state, other, rtol=1e-6)
+
+    args = PARAMS, state, X
+    backward, _ = products(jax.make_jaxpr(jax.grad(lambda p: terms(p, X)[0]))(PARAMS))
+    both, branches = products(jax.make_jaxpr(resolved.refresh)(*args))
+    forward = 2
+    assert both == forward + 2 * (backward - forward)
+    assert not any(map(sum, branches))
+    # What is left of the second pass is for a result that is not finite.
+    outside, branches = products(jax.make_jaxpr(resolved.reuse)(*args))
+    assert outside == backward
+    costly = [sorted(branch) for branch in branches if sum(branch)]
+    assert costly == [[0, 2 * (backward - forward)]]
 
 
 @pytest.mark.parametrize("bad", [{"refresh_every": 0}, {"strength": -1.0}])
