@@ -255,7 +255,10 @@ def test_compile_times_are_those_of_compiling(perceptron, monkeypatch):
             compiled.append(1)
             return self.lowered.compile()
 
-    monkeypatch.setattr(steps.Program, "lower", lambda self: Counted(lower(self)))
+    def counted(self):
+        return {step: Counted(traced) for step, traced in lower(self).items()}
+
+    monkeypatch.setattr(steps.Program, "lower", counted)
     found = programs.compile_times(perceptron, rounds=1)
     assert len(compiled) == 4
     assert [row.target for row in found] == [None, 1.2, None, 1.2]
@@ -324,7 +327,7 @@ TINY = (
 def test_the_command_writes_a_ratio_for_every_method(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(SOURCES, "tiny", tiny_network.TINY)
     path = tmp_path / "times.json"
-    methods = "fine-tuning l2_sp_fisher+dtnh lora_decay+dtnh lora"
+    methods = "fine-tuning l2_sp+never_hurt l2_sp_fisher+dtnh lora_decay+dtnh lora"
     command = f"{TINY} --groups regularizers --methods {methods} --output {path}"
     assert main(command.split()) == 0
     results = json.loads(path.read_text())

@@ -1,5 +1,6 @@
 """`python -m dtnh_jax.benchmarks`: a table of times, all measured in turn."""
 
+import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -35,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             report.draw(path, results)
         else:
             check(config)
-            results = _measure(config, console)
-            report.write(path, results)
+            results = _measure(config, path, console)
     except (ValueError, OSError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _measure(config: Config, console: Any) -> dict[str, Any]:
+def _measure(config: Config, path: pathlib.Path, console: Any) -> dict[str, Any]:
+    """Measures, and writes what there is after each part."""
     import dataclasses
     import time
 
@@ -58,18 +59,17 @@ def _measure(config: Config, console: Any) -> dict[str, Any]:
 
     rows = []
     started = time.monotonic()
+    options = dataclasses.asdict(config) | {"output": None, "groups": config.wanted}
+    others = peers.versions() if "peers" in config.wanted else {}
+    results = {"machine": report.described_machine(others), "options": options}
     for title, measure in groups.parts(config):
         with console.status(title):
             rows += measure()
+        results = results | {"rows": [row.plain() for row in rows]}
+        report.write(path, results)
         seconds = time.monotonic() - started
         console.print(f"{title}, done after {seconds:.0f} s", highlight=False)
-    options = dataclasses.asdict(config) | {"output": None, "groups": config.wanted}
-    others = peers.versions() if "peers" in config.wanted else {}
-    return {
-        "machine": report.described_machine(others),
-        "options": options,
-        "rows": [row.plain() for row in rows],
-    }
+    return results
 
 
 if __name__ == "__main__":

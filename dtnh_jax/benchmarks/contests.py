@@ -16,35 +16,32 @@ class Compiled:
     """Compiled steps by network and method, so that no two groups compile the same."""
 
     def __init__(self):
-        self._compiled: dict[tuple[str, str], tuple[steps.Program, Any]] = {}
+        self._compiled: dict[tuple[str, str], tuple[steps.Program, list[Any]]] = {}
 
-    def of(self, network: Network, name: str) -> tuple[steps.Program, Any]:
-        """The step of a method, and its executable."""
+    def of(self, network: Network, name: str) -> tuple[steps.Program, list[Any]]:
+        """The steps of a method, and what runs them."""
         key = network.name, name
         if key not in self._compiled:
             made = steps.program(network, name)
-            self._compiled[key] = made, made.lower().compile()
+            self._compiled[key] = made, made.compile()
         return self._compiled[key]
 
     def calls(
         self, network: Network, names: Iterable[str]
     ) -> dict[str, Callable[[], Any]]:
-        """What takes a step further at each call, by method."""
-        return {
-            name: _repeated(*self.of(network, name), steps.METHODS[name].steps)
-            for name in names
-        }
+        """What takes a step or some further at each call, by method."""
+        return {name: _repeated(*self.of(network, name)) for name in names}
 
 
-def _repeated(made: steps.Program, executable: Any, number: int) -> Callable[[], Any]:
+def _repeated(made: steps.Program, executables: list[Any]) -> Callable[[], Any]:
     # A copy, because the first step would take away what other methods start from.
     state = jax.tree.map(lambda x: jnp.array(x, copy=True), made.state)
 
     def call():
         nonlocal state
         out = None
-        for _ in range(number):
-            out = executable(state, made.data)
+        for run in executables:
+            out = run(state, made.data)
             if made.is_advancing:
                 state = out
         return out

@@ -31,7 +31,7 @@ def compile_times(network: Network, rounds: int) -> list[Row]:
         made.lower()  # the first time, much is imported and traced that stays
 
     def compiling(name):
-        return lambda: programs[name].lower().compile() and None
+        return lambda: programs[name].compile() and None
 
     with _nothing_from_disk():
         calls = {name: compiling(name) for name in names}
@@ -44,7 +44,7 @@ def memory(network: Network, compiled: contests.Compiled) -> list[Row]:
     """Bytes that a step has in use at its peak, as the compiler knows them."""
     found = {}
     for name in dict.fromkeys([*_KEPT.values(), *_KEPT]):
-        stats = compiled.of(network, name)[1].memory_analysis()
+        stats = compiled.of(network, name)[1][0].memory_analysis()
         found[name] = 1e-6 * (
             stats.argument_size_in_bytes
             + stats.output_size_in_bytes

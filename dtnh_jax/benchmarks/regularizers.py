@@ -62,15 +62,17 @@ def steps_of(
     teacher = jax.jit(functools.partial(loop.look, source))(original, batch["image"])
 
     @functools.cache
-    def trainer(regularizer: str | None) -> loop.Trainer:
-        return loop.make_trainer(source, network, regularizer, config, 1000)
+    def trainer(regularizer: str | None, never_hurts: bool) -> loop.Trainer:
+        return loop.make_trainer(
+            source, network, regularizer, config, 1000, never_hurts=never_hurts
+        )
 
     def make(name: str) -> Callable[[], Any]:
         method = METHODS[name]
         row = REGULARIZERS.get(method.regularizer or "")
         strength = row.strength if row else 0.0
         variables = loop.starting_variables(source, CLASSES, 0, method)
-        made = trainer(method.regularizer)
+        made = trainer(method.regularizer, method.never_hurts)
         state = made.init(variables, method, strength)
         known = loop.Known(original, _estimate(row.estimate if row else None, original))
         seen = {**batch, "teacher": teacher} if row and row.has_teacher else batch

@@ -53,25 +53,32 @@ class Method(NamedTuple):
     )
     # A method that only takes gradients has no optimizer, and leaves the state.
     has_optimizer: bool = True
-    # How many steps a call takes; they are not alike where weights are refreshed.
+    # How many steps a call takes, the first of which refreshes weights.
     steps: int = 1
 
 
 class Program(NamedTuple):
-    """A step to be compiled: a pure function of the state, which it may reuse."""
+    """Steps to be compiled: pure functions of the state, which they may reuse."""
 
-    step: Callable[[State, Data], Any]
+    steps: tuple[Callable[[State, Data], Any], ...]  # that a call takes
     state: State
     data: Data
     is_advancing: bool
 
-    def lower(self) -> Any:
-        """Traces the step, anew each time."""
-        step = jax.jit(
-            functools.partial(self.step),
-            donate_argnums=(0,) if self.is_advancing else (),
-        )
-        return step.lower(self.state, self.data)
+    def lower(self) -> dict[Callable[..., Any], Any]:
+        """Traces the steps, anew each time: once each that are the same."""
+        donated = (0,) if self.is_advancing else ()
+        return {
+            step: jax.jit(functools.partial(step), donate_argnums=donated).lower(
+                self.state, self.data
+            )
+            for step in set(self.steps)
+        }
+
+    def compile(self) -> list[Any]:
+        """Returns what runs the steps, one after the other."""
+        compiled = {step: traced.compile() for step, traced in self.lower().items()}
+        return [compiled[step] for step in self.steps]
 
 
 def _of_loss(network: Network, state: State, data: Data) -> tuple[Any, Any]:
@@ -178,7 +185,7 @@ def program(network: Network, name: str) -> Program:
 
     opt_state = optimizer(data).init(network.params) if method.has_optimizer else ()
     state = State(network.params, network.batch_stats, opt_state)
-    return Program(step, state, data, method.has_optimizer)
+    return Program((step,), state, data, method.has_optimizer)
 
 
 def _refreshing(
@@ -192,19 +199,22 @@ def _refreshing(
         network.objective, STRENGTH, refresh_every=refresh_every, has_aux=True
     )
 
-    def step(state: State, data: Data) -> State:
-        refreshed, inner = state.opt_state
-        (_, stats), grads, refreshed = resolved.value_and_gradient(
-            state.params, refreshed, state.batch_stats, data.batch
-        )
-        updates, inner = optimizer.update(grads, inner, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return State(params, stats, (refreshed, inner))
+    def step_with(gradient: Callable[..., Any]) -> Callable[[State, Data], State]:
+        def step(state, data):
+            refreshed, inner = state.opt_state
+            (_, stats), grads, refreshed = gradient(
+                state.params, refreshed, state.batch_stats, data.batch
+            )
+            updates, inner = optimizer.update(grads, inner, state.params)
+            params = optax.apply_updates(state.params, updates)
+            return State(params, stats, (refreshed, inner))
 
+        return step
+
+    first, others = step_with(resolved.refresh), step_with(resolved.reuse)
     opt_state = resolved.init(network.params), optimizer.init(network.params)
-    return Program(
-        step, State(network.params, network.batch_stats, opt_state), data, True
-    )
+    state = State(network.params, network.batch_stats, opt_state)
+    return Program((first, *[others] * (refresh_every - 1)), state, data, True)
 
 
 def pair_of(network: Network) -> tuple[tuple[Any, Any], GradientPair]:
