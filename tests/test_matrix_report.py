@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dtnh_jax.matrix import comparison, harm, report, results, summary
+from dtnh_jax.matrix import comparison, harm, report, results, significance, summary
 from dtnh_jax.matrix.cells import Cell
 
 
@@ -52,7 +52,9 @@ def test_numbers_of_the_report_are_those_worked_out_by_hand():
     spread = 4.302653 * np.std([-0.04, -0.055, -0.055], ddof=1) / 3**0.5
     assert sum_["mean"]["high"] == near(-0.05 + spread)
     assert sum_["strongest"]["mean"] == sum_["worst"]["mean"] == near(-0.11)
-    assert sum_["mean_best"] == near(0.01)
+    # `record` has validation mirror test, so that the worst strength is chosen.
+    assert sum_["chosen"]["mean"] == near(-0.11)
+    assert sum_["chosen"]["high"] == near(-0.11 + 4.302653 * 0.01 / 3**0.5)
     assert [x["strength"] for x in table["sweeps"]] == [1.0, 100.0] * 2
     assert table["sweeps"][1]["mean"] == near(-0.11)
     assert (sum_["cosine"], sum_["conflict"]) == (-0.25, 0.5)
@@ -67,7 +69,7 @@ def test_numbers_of_the_report_are_those_worked_out_by_hand():
     worst = row["worst"]
     assert (worst["strength"], worst["mean"]) == (100.0, near(-0.11))
     assert (worst["low"], worst["high"]) == (near(-0.11 - half), near(-0.11 + half))
-    assert row["best"]["strength"] == 1.0
+    assert row["chosen"]["strength"] == 100.0
 
     (pair,) = [pair for pair in results["pairs"] if pair["learning_rate"] == 0.1]
     assert pair["fine_tuning"]["mean"] == near(0.75)
@@ -104,21 +106,21 @@ def test_only_rules_with_the_same_cells_are_in_one_table():
 )
 def test_the_chance_is_that_of_the_paired_t_test(values):
     expected = stats.ttest_1samp(values, 0, alternative="less").pvalue
-    assert summary.chance_of_harm(values) == pytest.approx(expected)
+    assert significance.chance_of_harm(values) == pytest.approx(expected)
 
 
 def test_the_chance_of_differences_that_do_not_differ():
-    found = [summary.chance_of_harm([x, x]) for x in (-0.1, 0.0, 0.1)]
+    found = [significance.chance_of_harm([x, x]) for x in (-0.1, 0.0, 0.1)]
     assert found == [0.0, 0.5, 1.0]
-    assert summary.chance_of_harm([0.1]) is None
+    assert significance.chance_of_harm([0.1]) is None
 
 
 def test_many_looks_are_taken_into_account():
     # Holm's limits for four tests at 0.025: 0.00625, 0.00833, 0.0125 and 0.025.
-    assert summary.surely_below([0.5, 0.008, 0.006, None, 0.02]) == 2
-    assert summary.surely_below([0.02, 0.012, 0.008, 0.006]) == 4
-    assert summary.surely_below([0.007, 0.001 + 0.006, 0.008, 0.009]) == 0
-    assert summary.surely_below([None]) == 0
+    assert significance.surely_below([0.5, 0.008, 0.006, None, 0.02]) == 2
+    assert significance.surely_below([0.02, 0.012, 0.008, 0.006]) == 4
+    assert significance.surely_below([0.007, 0.001 + 0.006, 0.008, 0.009]) == 0
+    assert significance.surely_below([None]) == 0
 
 
 def test_rules_are_compared_at_the_strength_that_suits_the_plain_sum():

@@ -126,6 +126,22 @@ def test_sets_of_images_do_not_overlap_and_only_training_depends_on_the_seed(sma
     assert int(data.order.max()) < 50
 
 
+def test_four_labels_in_ten_are_wrong_where_training_is_noisy(small):
+    right, noisy = small.task("digits-20"), small.task("digits-20-noisy")
+    for seed in (0, 1):
+        ours, theirs = noisy.training_set(seed), right.training_set(seed)
+        np.testing.assert_array_equal(ours.pixels, theirs.pixels)
+        assert np.sum(ours.labels != theirs.labels) == 80
+        assert set(ours.labels) == set(range(10))
+        again = small.task("digits-20-noisy").training_set(seed)
+        np.testing.assert_array_equal(ours.labels, again.labels)
+    for ours, theirs in [
+        (noisy.validation, right.validation),
+        (noisy.test, right.test),
+    ]:
+        np.testing.assert_array_equal(ours.labels, theirs.labels)
+
+
 def test_teacher_maps_are_those_of_the_source(small):
     variables = small.source("fashion").variables
     data = small.data_with_teacher("fashion", "digits-5", 0)

@@ -8,7 +8,8 @@ import numpy as np
 from dtnh_jax.finetune.results import plain
 from dtnh_jax.finetune.statistics import estimate
 from dtnh_jax.matrix.cells import ALONE, Cell, Records
-from dtnh_jax.matrix.summary import Split, grouped
+from dtnh_jax.matrix.summary import Split
+from dtnh_jax.matrix.tables import grouped
 
 SUM = "sum"  # the rule that adds the two gradients
 

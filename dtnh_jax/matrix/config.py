@@ -42,7 +42,8 @@ class Config:
     """Networks to start from; also imagenet (EfficientNet-Lite0), for elpv."""
     targets: tuple[str, ...] = ("digits-5", "digits-20", "fashion-20", "mnist-5")
     """Tasks to fine-tune on, named for their training images of each class; also elpv
-    (photographs of solar cells), for imagenet."""
+    (photographs of solar cells), for imagenet, and digits-20-noisy and
+    fashion-20-noisy, where four training labels in ten are wrong."""
     regularizers: tuple[str, ...] = ("l2_sp", "feature_map")
     """What pulls back to the source; also l1_sp, attention_transfer and
     logit_distillation."""

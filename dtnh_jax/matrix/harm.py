@@ -20,7 +20,7 @@ from dtnh_jax.matrix import progress, records, training
 from dtnh_jax.matrix.cells import ALONE, Cell, Record, Records
 from dtnh_jax.matrix.rules import OPTIMIZERS
 from dtnh_jax.matrix.study import Study, setting
-from dtnh_jax.matrix.summary import grouped
+from dtnh_jax.matrix.tables import grouped
 
 
 class Seen(NamedTuple):

@@ -17,6 +17,7 @@ class Target(NamedTuple):
 
     images: str  # one of `images.LOADERS`
     train_per_class: int
+    label_noise: float = 0.0  # share of the training images with another class's label
 
 
 # A new target of the small networks is a row here; it has to have ten classes.
@@ -25,6 +26,8 @@ TARGETS = {
     "digits-20": Target("digits", 20),
     "fashion-20": Target("fashion-test", 20),
     "mnist-5": Target("mnist", 5),
+    "digits-20-noisy": Target("digits", 20, label_noise=0.4),
+    "fashion-20-noisy": Target("fashion-test", 20, label_noise=0.4),
 }
 
 
@@ -60,6 +63,7 @@ def load_task(
         train_per_class=target.train_per_class,
         validation_per_class=validation_per_class,
         test_per_class=test_per_class,
+        label_noise=target.label_noise,
     )
 
 
@@ -71,6 +75,7 @@ def make_task(
     train_per_class: int,
     validation_per_class: int,
     test_per_class: int,
+    label_noise: float = 0.0,
 ) -> Task:
     """Splits images; what validation and test leave over is what seeds draw from.
 
@@ -81,6 +86,8 @@ def make_task(
       train_per_class: training images of each class.
       validation_per_class: validation images of each class.
       test_per_class: test images of each class.
+      label_noise: share of the training images whose label is that of another class,
+        drawn at random. Those of validation and test are right.
 
     Raises:
       ValueError: the images are too few.
@@ -108,10 +115,21 @@ def make_task(
             validation_per_class=0,
             test_per_class=None,
         )
-        return read(splits.train[drawn.train])
+        images = read(splits.train[drawn.train])
+        return _with_noise(images, label_noise, int(labels.max()) + 1, seed)
 
     return Task(
         functools.lru_cache(maxsize=32)(training_set),
         read(splits.validation),
         read(splits.test),
     )
+
+
+def _with_noise(images: Images, share: float, classes: int, seed: int) -> Images:
+    """Gives some of the images the label of another class."""
+    rng = np.random.default_rng(seed)
+    labels = images.labels.copy()
+    wrong = rng.permutation(len(labels))[: round(share * len(labels))]
+    others = rng.integers(1, classes, len(wrong), labels.dtype)
+    labels[wrong] = (labels[wrong] + others) % classes
+    return images._replace(labels=labels)
