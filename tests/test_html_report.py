@@ -6,10 +6,10 @@ import io
 
 import pytest
 from PIL import Image
+from report_runs import results, write_runs
 
 from dtnh_jax.finetune import report
 from dtnh_jax.finetune.__main__ import main
-from dtnh_jax.finetune.config import Config, identity
 from dtnh_jax.finetune.folder import write_json
 from dtnh_jax.finetune.html_report import page, read_run
 
@@ -57,62 +57,9 @@ def read(text):
     return reader
 
 
-def picture(colour):
-    file = io.BytesIO()
-    Image.new("RGB", (3, 2), colour).save(file, "PNG")
-    return file.getvalue()
-
-
-def results(accuracy, **options):
-    config = Config(methods=("fine-tuning", "l2_sp+dtnh"), seeds=2, **options)
-
-    def level(mean):
-        return {"mean": mean, "std": 0.01, "low": mean - 0.05, "high": mean + 0.05}
-
-    methods = {
-        "fine-tuning": {"accuracy": level(accuracy), "balanced_accuracy": level(0.5)},
-        "l2_sp+dtnh": {
-            "accuracy": level(accuracy + 0.02),
-            "balanced_accuracy": level(0.5),
-            "cosine": -0.012,
-            "conflict": 0.61,
-            "removed": 0.1,
-        },
-    }
-    return {
-        "config": identity(config),
-        "strengths": config.strengths,
-        "steps": 36,
-        "source": {"name": "tiny", "licence": "none"},
-        "target": {"name": "folder:<b>photos</b>", "licence": "CC & co"},
-        "class_names": ["cup", "mug"],
-        "methods": methods,
-        "differences": [
-            {
-                "method": "l2_sp+dtnh",
-                "minus": "fine-tuning",
-                "by_seed": [0.02, 0.02],
-                "accuracy": level(0.02),
-            }
-        ],
-        "tuning": None,
-        "cells": [{"accuracy": accuracy, "balanced_accuracy": 0.5}],
-    }
-
-
 @pytest.fixture
 def runs(tmp_path):
-    made = []
-    for name, colour, accuracy, options in (
-        ("one", "red", 0.7, {}),
-        ("two", "blue", 0.8, {"scope": "leaf", "steps": 99}),
-    ):
-        folder = tmp_path / name
-        folder.mkdir()
-        write_json(folder / "results.json", results(accuracy, **options))
-        (folder / "accuracy.png").write_bytes(picture(colour))
-        made.append(folder)
-    return made
+    return write_runs(tmp_path)
 
 
 def test_two_runs_are_compared(runs, tmp_path, capsys):

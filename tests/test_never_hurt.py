@@ -66,8 +66,8 @@ def exact(pairs, strength, decay, ratio, parts=Ingredients()):  # noqa: B008
 
 
 @pytest.mark.parametrize("part", Ingredients._fields)
-def test_any_part_of_it_can_be_left_out(part):
-    parts = Ingredients(**{part: False})
+def test_any_part_of_it_can_be_left_out_or_put_in(part):
+    parts = Ingredients(**{part: not getattr(Ingredients(), part)})
     pairs = [
         GradientPair(
             jax.tree.map(np.add, tree(1, 0.5), tree(10 + step)), tree(50 + step % 2)
