@@ -99,6 +99,7 @@ def identity(config: Config) -> dict[str, Any]:
     options[_flag("widths")] = list(config.widths)
     for name, value in dataclasses.asdict(config.photographs).items():
         options[_flag(f"photographs.{name}")] = value
+    options["parts of never-hurt"] = "average, confidence, bound"
     for name, rates in LEARNING_RATES.items():
         options[f"learning rates of {name}"] = list(rates)
         rates = photographs.learning_rates(name)
