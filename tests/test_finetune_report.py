@@ -213,6 +213,10 @@ def test_figures_are_drawn(tmp_path):
             np.zeros((7, 8, 8, 3), np.uint8), [0] * 7, {"m": [0, 1] * 3 + [0]}, ["a"]
         ),
     }
+    (axes,) = figures["accuracy"].axes
+    assert "95% interval" in axes.get_xlabel()
+    (axes,) = plots.accuracy_by_method({"l2_sp": [0.5]}).axes
+    assert "interval" not in axes.get_xlabel()
     for name, figure in figures.items():
         figure.savefig(tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").stat().st_size > 5000

@@ -89,9 +89,33 @@ def test_the_title_of_benchmarks_says_what_was_found(tmp_path):
     assert plain.get_suptitle() == "Times without targets"
 
 
+def test_a_map_of_conflict_has_a_colour_for_each_side(tmp_path):
+    cosines = np.array([[0.2, 0.1, 0.0], [-0.4, np.nan, 0.4], [-0.1, -0.1, -0.1]])
+    cosines = np.concatenate([cosines, np.full((1, 3), np.nan)])
+    names = ["first", "second", "third", "unknown"]
+    figure = plots.conflict_map(cosines, names)
+    axes = figure.axes[0]
+    (image,) = axes.images
+    # Full colours at the largest cosine of either sign, and white between them.
+    assert image.get_clim() == (-0.4, 0.4)
+    red, _, blue, _ = image.cmap(image.norm(-0.4))
+    assert red > blue
+    red, _, blue, _ = image.cmap(image.norm(0.4))
+    assert blue > red
+    assert min(image.cmap(image.norm(0.0))) > 0.98
+    assert [label.get_text() for label in axes.get_yticklabels()] == names
+    assert "at 50% of the steps on average, third at 100%" in axes.get_title()
+    figure.savefig(tmp_path / "map.png")
+    assert (tmp_path / "map.png").stat().st_size > 5000
+    everything_unknown = np.full((1, 2), np.nan)
+    assert plots.conflict_map(everything_unknown, ["a"]).axes[0].get_title() == ""
+
+
 @pytest.mark.parametrize(
     ("draw", "message"),
     [
+        (lambda: plots.conflict_map(np.zeros((2, 3)), ["a"]), "2, 3. and 1 names"),
+        (lambda: plots.conflict_map(np.full((1, 1), -1.5), ["a"]), "1, got -1.5"),
         (lambda: plots.harm_rates({}), "at least 1 optimizer, got 0"),
         (lambda: plots.harm_rates({"sgd": {}}), "'sgd'.* must hold a rule, got none"),
         (lambda: plots.harm_rates({"a": {"b": 1.5}}), "between 0 and 1, got 1.5"),

@@ -7,6 +7,7 @@ differ in their dashes too, and bars in their hatching.
 """
 
 from dtnh_jax.plots._style import COLOURS
+from dtnh_jax.plots.conflict import conflict_map
 from dtnh_jax.plots.geometry import projection
 from dtnh_jax.plots.harm import harm_rates, strength_sweep, worst_cases
 from dtnh_jax.plots.speed import benchmark_ratios
@@ -20,6 +21,7 @@ __all__ = [
     "COLOURS",
     "accuracy_by_method",
     "benchmark_ratios",
+    "conflict_map",
     "conflict_over_steps",
     "harm_rates",
     "prediction_grid",

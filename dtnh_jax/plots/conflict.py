@@ -1,0 +1,78 @@
+"""Where and when two gradients work against each other."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float
+
+from dtnh_jax.plots._style import COLOURS, blank
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def conflict_map(
+    cosines: Float[np.ndarray, "leaves steps"], names: Sequence[str]
+) -> "Figure":
+    """The cosine of two gradients in every leaf at every step, as a heat map.
+
+    Blue where they agree, orange where they conflict, white where neither is so; the
+    largest cosine of all has the full colour. A step without one is left blank (NaN).
+
+    Args:
+      cosines: from -1 to 1, such as the field of `conflict_metrics` with scope "leaf",
+        one column for each step.
+      names: of the leaves, from top to bottom.
+
+    Returns:
+      A figure. Its title says which leaf was in conflict at most steps.
+
+    Raises:
+      ValueError: for cosines out of range, or another number of names than of rows.
+
+    Example:
+      >>> figure = conflict_map(np.array([[0.1, -0.2], [-0.3, -0.1]]), ["body", "head"])
+      >>> figure.axes[0].get_title()
+      'In conflict at 75% of the steps on average, head at 100%'
+    """
+    values = np.asarray(cosines, float)
+    if values.ndim != 2 or values.shape[0] != len(names) or not values.size:
+        raise ValueError(
+            "`cosines` must have a row for each of `names` and a column for each step, "
+            f"got shape {values.shape} and {len(names)} names."
+        )
+    if np.any(np.abs(values) > 1):
+        worst = float(values.flat[np.nanargmax(np.abs(values))])
+        raise ValueError(f"`cosines` must be from -1 to 1, got {worst:g}.")
+    from matplotlib.colors import LinearSegmentedColormap
+
+    palette = LinearSegmentedColormap.from_list(
+        "conflict", [COLOURS[1], "#FFFFFF", COLOURS[0]]
+    )
+    known = values[np.isfinite(values)]
+    limit = float(np.abs(known).max(initial=0)) or 1.0
+    figure = blank(8.0, 1.3 + 0.26 * len(names))
+    axes = figure.subplots()
+    image = axes.imshow(
+        values,
+        cmap=palette,
+        vmin=-limit,
+        vmax=limit,
+        aspect="auto",
+        interpolation="nearest",
+        extent=(0.5, values.shape[1] + 0.5, len(names) - 0.5, -0.5),
+    )
+    axes.set_yticks(range(len(names)), list(names), fontsize=8)
+    axes.set_xlabel("step")
+    figure.colorbar(image, label="cosine (below 0: conflict)")
+    if known.size:
+        counts = np.isfinite(values).sum(axis=1)
+        shares = (values < 0).sum(axis=1) / np.maximum(counts, 1)
+        most = int(np.argmax(shares))
+        axes.set_title(
+            f"In conflict at {100 * np.mean(known < 0):.0f}% of the steps on average, "
+            f"{names[most]} at {100 * shares[most]:.0f}%",
+            fontsize=11,
+        )
+    return figure
