@@ -11,6 +11,7 @@ import shutil
 import pytest
 from report_runs import write_runs
 
+from dtnh_jax import plots
 from dtnh_jax.finetune.html_report import page, read_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -18,6 +19,7 @@ DRIVER = shutil.which("chromedriver")
 FLAGS = (
     "--headless",
     "--no-sandbox",  # the check may run as root
+    "--disable-dev-shm-usage",  # small in containers
     "--disable-gpu",
     "--disable-quic",
     "--no-first-run",
@@ -50,10 +52,13 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
+    """A page of two runs, one with a real figure; their folders have long names."""
+    folder = tmp_path_factory.mktemp("a_long_name_" * 8)
+    runs = write_runs(folder)
+    figure = plots.accuracy_by_method({"fine-tuning": [0.5, 0.6], "l2_sp": [0.7]})
+    figure.savefig(runs[1] / "accuracy.png")
     file = folder / "report.html"
-    runs = [read_run(run) for run in write_runs(folder)]
-    file.write_text(page(runs), encoding="utf-8")
+    file.write_text(page([read_run(run) for run in runs]), encoding="utf-8")
     return file
 
 
@@ -82,21 +87,76 @@ def test_every_picture_is_drawn(browser, width):
     sizes = browser.execute_script(
         "return [...document.images].map(x => [x.complete, x.naturalWidth, x.width])"
     )
-    assert sizes == [[True, 3, 3]] * 2
+    tiny, (is_complete, natural, shown) = sizes
+    assert tiny == [True, 3, 3]
+    assert is_complete
+    # Never enlarged, and on a telephone not so small that its labels can not be read.
+    assert 500 < shown <= natural == 1050
 
 
 def test_nothing_is_wider_than_the_window(browser, width):
     scrolled = "return document.documentElement.scrollWidth"
     assert browser.execute_script(scrolled) <= width
-    tables = browser.execute_script(
-        "return [...document.querySelectorAll('table')].map(x => {"
-        "  const box = x.getBoundingClientRect();"
-        "  return [box.left, box.right, box.height, x.rows.length] })"
+    edges = browser.execute_script(
+        "return [...document.querySelectorAll('h1, h2, p, figcaption, .scroll')].map("
+        "  x => [x.scrollWidth, x.clientWidth, x.className]"
+        ").filter(x => x[1])"
     )
-    assert len(tables) == 6
-    for left, right, height, rows in tables:
-        assert 0 <= left < right <= width
-        assert height > 20 * rows  # lines of text, none on top of another
+    assert len(edges) > 20
+    assert all(inner <= outer or name == "scroll" for inner, outer, name in edges)
+
+
+def test_a_wide_table_scrolls_and_keeps_the_names_of_its_rows(browser, width):
+    before, left, after, moved = browser.execute_script(
+        "const box = document.querySelector('.scroll');"
+        "const row = box.querySelector('tbody tr');"
+        "const lefts = () => [...row.cells].map(x => x.getBoundingClientRect().left);"
+        "const before = lefts(); box.scrollLeft = 100;"
+        "return [before, box.getBoundingClientRect().left, lefts(), box.scrollLeft]"
+    )
+    assert moved == 100
+    assert before[0] == after[0] == left
+    assert after[1] == pytest.approx(before[1] - 100, abs=1)
+
+
+def test_every_row_is_a_line_that_can_be_seen(browser, width):
+    rows = browser.execute_script(
+        "return [...document.querySelectorAll('section > figure tr, body > figure tr')]"
+        ".map(x => [x.cells[0].innerText, x.getBoundingClientRect().height])"
+    )
+    assert [name for name, _ in rows] == [
+        *("method", *["fine-tuning", "l2_sp+dtnh"] * 2),
+        *("option", "--scope", "--steps"),
+        *("method", "fine-tuning", "l2_sp+dtnh") * 2,
+    ]
+    assert all(24 < height < 48 for _, height in rows)  # 24: one line, 48: two
+    for heading in browser.find_elements("css selector", "h1, h2, figcaption"):
+        is_folded = heading.find_elements("xpath", "ancestor::details")
+        assert heading.is_displayed() or is_folded
+
+
+def test_all_text_stands_out_from_what_is_behind_it(browser, width):
+    colours = browser.execute_script(
+        "const channels = x => x.match(/[\\d.]+/g).map(Number);"
+        "const behind = x => { for (; x; x = x.parentElement) {"
+        "  const colour = channels(getComputedStyle(x).backgroundColor);"
+        "  if (colour[3] !== 0) return colour } };"
+        "return [...document.body.querySelectorAll('*')].filter("
+        "  x => [...x.childNodes].some(y => y.nodeType === 3 && y.data.trim())"
+        ").map(x => [x.innerText, channels(getComputedStyle(x).color), behind(x)])"
+    )
+    assert len(colours) > 100
+
+    def luminance(colour):
+        linear = (
+            x / 12.92 if x <= 0.03928 else ((x + 0.055) / 1.055) ** 2.4
+            for x in (channel / 255 for channel in colour[:3])
+        )
+        return sum(x * y for x, y in zip((0.2126, 0.7152, 0.0722), linear))
+
+    for text, *pair in colours:
+        low, high = sorted(map(luminance, pair))
+        assert (high + 0.05) / (low + 0.05) >= 7, text  # WCAG's level AAA
 
 
 def test_options_unfold(browser, width):
@@ -109,13 +169,16 @@ def test_options_unfold(browser, width):
 
 
 def test_the_best_method_is_marked(browser, width):
-    colours = browser.execute_script(
-        "const of = x => getComputedStyle(x).backgroundColor;"
-        "return [...document.querySelectorAll('tbody tr')].map("
-        "  x => [x.className, of(x.cells[0])])"
+    rows = browser.execute_script(
+        "const style = x => getComputedStyle(x);"
+        "return [...document.querySelectorAll('body > figure tbody tr')].map(x => ["
+        "  x.className, ...new Set([...x.cells].map("
+        "    y => style(y).backgroundColor + style(y).fontWeight))])"
     )
-    best = {colour for name, colour in colours if name == "best"}
-    others = {colour for name, colour in colours if not name}
-    assert len(best) == 1
-    assert others
-    assert not best & others
+    assert all(len(looks) == 1 for _, *looks in rows)  # one for all cells of a row
+    (best,) = {look for name, look in rows if name}
+    (other,) = {look for name, look in rows if not name}
+    assert best != other
+    colours = {look.partition(")")[0] for look in (best, other)}
+    weights = {look.partition(")")[2] for look in (best, other)}
+    assert len(colours) == len(weights) == 2  # never by colour alone

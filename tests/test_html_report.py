@@ -71,7 +71,15 @@ def test_two_runs_are_compared(runs, tmp_path, capsys):
     overview, differing, *tables = reader.tables
     header, *rows = overview
     assert header == [
-        *("method", "run", "source", "target", "accuracy (%)", "95%", "in conflict")
+        *(
+            "method",
+            "run",
+            "source",
+            "target",
+            "accuracy (%)",
+            "95% interval",
+            "in conflict",
+        )
     ]
     name = str(runs[1])
     assert rows[3] == [
@@ -124,10 +132,28 @@ def test_the_same_options_are_said_to_be_the_same(runs):
 def test_how_strengths_were_chosen(runs):
     run = read_run(runs[0])
     run.results["tuning"] = [
-        {"method": "l2_sp", "strength": 0.1, "accuracies": [0.5, 0.75]}
+        {"method": "fine-tuning", "strength": 0.0, "accuracies": [0.5, 0.5]},
+        {"method": "l2_sp", "strength": 0.1, "accuracies": [0.5, 0.75]},
+        {"method": "l2_sp", "strength": 1.0, "accuracies": [0.25, 0.75]},
     ]
-    tables = read(page([run])).tables
-    assert ["l2_sp", "0.1", "62.5"] in tables[1]
+    run.results["strengths"] = {"l2_sp": 0.1}
+    reader = read(page([run]))
+    assert reader.tables[1][1:] == [
+        ["fine-tuning", "", "50.0"],
+        ["l2_sp", "0.1", "62.5"],
+        ["l2_sp", "1", "50.0"],
+    ]
+    assert reader.marked == [["l2_sp", "0.1", "62.5"]]
+
+
+def test_one_seed_has_no_column_of_intervals(runs):
+    alone = [read_run(folder) for folder in runs]
+    for run in alone:
+        for numbers in run.results["methods"].values():
+            numbers["accuracy"] |= {"low": None, "high": None}
+    header, *rows = read(page(alone)).tables[0]
+    assert header[3:] == ["target", "accuracy (%)", "in conflict"]
+    assert rows[3][3:] == ["folder:<b>photos</b>", "82.0", "61%"]
 
 
 def test_what_is_no_run_is_refused(tmp_path, runs, capsys):

@@ -1,7 +1,10 @@
 """Figures: what is drawn is what was given, and colour is never all that tells."""
 
+import itertools
+
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from dtnh_jax import plots
 
@@ -109,6 +112,134 @@ def test_a_map_of_conflict_has_a_colour_for_each_side(tmp_path):
     assert (tmp_path / "map.png").stat().st_size > 5000
     everything_unknown = np.full((1, 2), np.nan)
     assert plots.conflict_map(everything_unknown, ["a"]).axes[0].get_title() == ""
+
+
+def lines(methods):
+    return [
+        {"method": name, "seed": 0, "step": step, "cosine": 0.1, "conflict": 0.25}
+        for name in methods
+        for step in (1, 2, 3)
+    ]
+
+
+MANY = [f"a_rule_of_many_{number}" for number in range(20)]
+SWEEP = [(0.01, 0.02, None, None), (1.0, -0.3, -0.4, -0.2)]
+FIGURES = {
+    "accuracy_by_method": lambda: plots.accuracy_by_method(
+        {"l2_sp": [0.5, 0.6], "l2_sp+dtnh": [0.7]}, {"l2_sp": (0.4, 0.7)}
+    ),
+    "benchmark_ratios": lambda: plots.benchmark_ratios(
+        [ratio_row("a thing with quite a long name", ratio, 1.0) for ratio in (0.1, 9)]
+    ),
+    "benchmark_ratios, all near 1": lambda: plots.benchmark_ratios(
+        [ratio_row("near", 1.01, 1.05)]
+    ),
+    "conflict_map": lambda: plots.conflict_map(
+        np.array([[0.1, -0.2], [-0.3, np.nan]]), ["body", "head"]
+    ),
+    "conflict_over_steps": lambda: plots.conflict_over_steps(lines(MANY[:7])),
+    "conflict_over_steps, many": lambda: plots.conflict_over_steps(lines(MANY)),
+    "harm_rates": lambda: plots.harm_rates(
+        {"sgd": dict.fromkeys(MANY, 0.5), "adamw": {MANY[3]: 1.0}}
+    ),
+    "prediction_grid": lambda: plots.prediction_grid(
+        np.zeros((7, 8, 8, 3), np.uint8),
+        [0] * 7,
+        {"batch_spectral_shrinkage+dtnh": [0] * 7, "l2": [1] * 7},
+        ["cup", "mug"],
+    ),
+    "prediction_grid, of one": lambda: plots.prediction_grid(
+        np.zeros((1, 8, 8, 3), np.uint8), [0], {"l2": [0], "l2+dtnh": [1]}, ["cup"]
+    ),
+    "projection": lambda: plots.projection([2.0, 0.6], [-1.6, 2.2]),
+    "projection, hardly any r": lambda: plots.projection([1.0, 0.0], [-0.03, 0.05]),
+    "projection, against g": lambda: plots.projection([1.0, 0.0], [-3.0, 0.1]),
+    "projection, downwards": lambda: plots.projection([0.0, 1.0], [-0.9, -1.4]),
+    "projection, along g": lambda: plots.projection([0.0, 1.0], [0.0, 0.5]),
+    "strength_sweep": lambda: plots.strength_sweep(
+        {f"panel {i}": dict.fromkeys(MANY[:8], SWEEP) for i in range(5)}
+    ),
+    "strength_sweep, many": lambda: plots.strength_sweep(
+        {"panel": dict.fromkeys(MANY, SWEEP)}
+    ),
+    "worst_cases": lambda: plots.worst_cases(dict.fromkeys(MANY, -0.25) | {"x": 0.5}),
+}
+
+
+def test_every_function_is_drawn_below_and_shows_an_example():
+    functions = set(plots.__all__) - {"COLOURS"}
+    assert {name.partition(",")[0] for name in FIGURES} == functions
+    for name in functions:
+        assert "Example:\n" in getattr(plots, name).__doc__
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_title_says_what_was_found_and_nothing_covers_another(name):
+    figure = FIGURES[name]()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    titles = [figure.get_suptitle(), *(axes.get_title() for axes in figure.axes)]
+    assert any(any(character.isdigit() for character in x) for x in titles) or (
+        "DTNH" in titles[0]
+    )
+    words = [figure._suptitle, *figure.legends]
+    for axes in figure.axes:
+        words += [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
+    boxes = [
+        (str(each), each.get_window_extent(canvas.get_renderer()))
+        for each in words
+        if each is not None and each not in empty(words)
+    ]
+    width, height = canvas.get_width_height()
+    for label, box in boxes:
+        assert -1 <= box.x0 < box.x1 <= width + 1, label
+        assert -1 <= box.y0 < box.y1 <= height + 1, label
+    for (one, box), (other, another) in itertools.combinations(boxes, 2):
+        assert not box.overlaps(another), (one, other)
+
+
+def empty(words):
+    """Texts without letters; arrows are texts too."""
+    return [each for each in words if hasattr(each, "get_text") and not each.get_text()]
+
+
+def test_intervals_are_named_only_where_they_are_drawn():
+    accuracies = {"l2_sp": [0.5, 0.6], "l2_sp+dtnh": [0.7, 0.7]}
+
+    def said(*arguments):
+        (axes,) = plots.accuracy_by_method(*arguments).axes
+        return axes.get_xlabel()
+
+    assert said(accuracies, {"l2_sp": (0.4, 0.7)}) == (
+        "test accuracy (%): mean, 95% interval and every seed"
+    )
+    for nothing in (None, {}, {"another": (0.4, 0.7)}):
+        assert said(accuracies, nothing) == "test accuracy (%): mean and every seed"
+    assert said({"l2_sp": [0.5]}) == "test accuracy (%) of one seed"
+
+
+def test_steps_without_a_finite_number_are_left_out():
+    good = {"method": "m", "seed": 0, "step": 1, "cosine": -0.5, "conflict": 1.0}
+    bad = {**good, "seed": 1, "cosine": None, "conflict": None}
+    figure = plots.conflict_over_steps([good, bad, {**bad, "step": 2}])
+    above, below = figure.axes
+    np.testing.assert_array_equal(above.lines[0].get_ydata(), [-0.5, np.nan])
+    np.testing.assert_array_equal(below.lines[0].get_ydata(), [100, np.nan])
+    assert figure.get_suptitle() == "In conflict on average: 100% (m)"
+    assert plots.conflict_over_steps([bad]).get_suptitle() == ""
+
+
+def test_nothing_is_said_of_rules_that_not_all_optimizers_have():
+    rates = {"sgd": {"sum": 0.5, "gate": 0.0}, "adamw": {"sum": 0.7}}
+    title = plots.harm_rates(rates).get_suptitle()
+    assert title == "Harmed on average: 60% (sum)"
+    assert plots.harm_rates({"a": {"b": 0.1}, "c": {"d": 0.2}}).get_suptitle() == ""
+
+
+def test_what_rounds_to_nothing_has_no_sign():
+    (axes,) = plots.worst_cases({"sum": -0.0004, "dtnh": 0.0004}).axes
+    assert [text.get_text() for text in axes.texts] == ["0.0", "0.0"]
+    assert len({bar.get_hatch() for bar in axes.patches}) == 1
 
 
 @pytest.mark.parametrize(

@@ -2,31 +2,21 @@
 
 import base64
 import dataclasses
-import html
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tyro
 
 from dtnh_jax.finetune import shell
+from dtnh_jax.finetune.html_parts import STYLE, figure, table, text
 
 _FIGURES = {
     "accuracy.png": "Accuracy by method",
     "conflict.png": "Do the gradients of loss and regularizer agree?",
     "predictions.png": "Test photographs and what seed 0 took them for",
 }
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto;
-       padding: 0 1rem; color: #1a1a1a; background: #fff; }
-table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
-th, td { padding: .3rem .8rem; border-bottom: 1px solid #ccc; text-align: right; }
-th:first-child, td:first-child { text-align: left; }
-caption { text-align: left; font-weight: 600; }
-img { max-width: 100%; }
-tr.best td { background: #eef6ea; }
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +33,8 @@ def run(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit status."""
     options = tyro.cli(Options, prog="dtnh report", args=list(argv))
     try:
-        text = page([read_run(folder) for folder in options.runs])
-        options.output.write_text(text, encoding="utf-8")
+        made = page([read_run(folder) for folder in options.runs])
+        options.output.write_text(made, encoding="utf-8")
     except ValueError as error:
         return shell.refuse(str(error))
     except OSError as error:
@@ -97,7 +87,7 @@ def page(runs: Sequence[Run]) -> str:
     if not runs:
         raise ValueError("`dtnh report` needs run folders, got none.")
     title = "Runs of dtnh" if len(runs) > 1 else f"Run {runs[0].name}"
-    parts = [f"<h1>{_text(title)}</h1>"]
+    parts = [f"<h1>{text(title)}</h1>"]
     if len(runs) > 1:
         parts += ["<h2>All methods of all runs</h2>", _overview(runs)]
         parts += ["<h2>What differs in their options</h2>", _differing_options(runs)]
@@ -107,7 +97,7 @@ def page(runs: Sequence[Run]) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"<title>{text(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
         f"<body>\n{body}\n</body>\n</html>\n"
     )
 
@@ -132,9 +122,13 @@ def _overview(runs: Sequence[Run]) -> str:
             if accuracy["mean"] > key[0]:
                 best[target] = (accuracy["mean"], len(rows))
             rows.append(row)
-    header = ["method", "run", "source", "target", "accuracy (%)", "95%", "in conflict"]
-    return _table(
-        header, rows, "Test accuracy", marked={number for _, number in best.values()}
+    header = ["method", "run", "source", "target"]
+    return table(
+        [*header, "accuracy (%)", "95% interval", "in conflict"],
+        rows,
+        "Test accuracy; the highest mean of each target is shaded",
+        words=len(header),
+        marked={number for _, number in best.values()},
     )
 
 
@@ -149,7 +143,8 @@ def _differing_options(runs: Sequence[Run]) -> str:
             rows.append([f"--{name.replace('_', '-')}", *values])
     if not rows:
         return "<p>Nothing: all have the same options.</p>"
-    return _table(["option", *(each.name for each in runs)], rows, "Options")
+    header = ["option", *(each.name for each in runs)]
+    return table(header, rows, "Options", words=len(header))
 
 
 def _section(each: Run) -> str:
@@ -159,53 +154,44 @@ def _section(each: Run) -> str:
 
     results = each.results
     title = f"{results['source']['name']} on {results['target']['name']}"
-    parts = [f"<h2>{_text(each.name)}: {_text(title)}</h2>"]
-    parts.append(_table(*report.rows(results), "Test accuracy (%)"))
-    parts += [f"<p>{_text(note)}</p>" for note in report.notes(results)]
-    for name, figure in each.figures.items():
-        caption = _text(_FIGURES[name])
-        encoded = base64.b64encode(figure).decode()
-        parts.append(
-            f'<figure><img alt="{caption}" src="data:image/png;base64,{encoded}">'
-            f"<figcaption>{caption}</figcaption></figure>"
-        )
+    parts = [f"<h2>{text(each.name)}: {text(title)}</h2>"]
+    parts.append(table(*report.rows(results), "Test accuracy (%)"))
+    parts += [f"<p>{text(note)}</p>" for note in report.notes(results)]
+    for name, picture in each.figures.items():
+        caption = _FIGURES[name]
+        encoded = base64.b64encode(picture).decode()
+        image = f'<img alt="{text(caption)}" src="data:image/png;base64,{encoded}">'
+        parts.append(figure(image, caption))
     if results.get("tuning"):
-        parts.append(
-            _table(
-                ["regularizer", "strength", "validation accuracy (%)"],
-                [
-                    [
-                        row["method"],
-                        f"{row['strength']:g}",
-                        f"{100 * sum(row['accuracies']) / len(row['accuracies']):.1f}",
-                    ]
-                    for row in results["tuning"]
-                ],
-                "How strengths were chosen",
-            )
-        )
+        parts.append(_tuning(results["tuning"], results["strengths"]))
     options = [[name, _shown(value)] for name, value in results["config"].items()]
     parts.append(
         "<details><summary>All options</summary>"
-        f"{_table(['option', 'value'], options, 'Options')}</details>"
+        f"{table(['option', 'value'], options, 'Options', words=2)}</details>"
     )
     return "<section>\n" + "\n".join(parts) + "\n</section>"
 
 
-def _table(
-    header: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    caption: str,
-    marked: set[int] | frozenset[int] = frozenset(),
-) -> str:
-    head = "".join(f'<th scope="col">{_text(title)}</th>' for title in header)
-    body = []
-    for number, row in enumerate(rows):
-        cells = "".join(f"<td>{_text(cell)}</td>" for cell in row)
-        body.append(f"<tr{' class=best' * (number in marked)}>{cells}</tr>")
-    return (
-        f"<table>\n<caption>{_text(caption)}</caption>\n<thead><tr>{head}</tr></thead>\n"
-        "<tbody>\n" + "\n".join(body) + "\n</tbody>\n</table>"
+def _tuning(tuning: Sequence[Mapping[str, Any]], strengths: Mapping[str, float]) -> str:
+    """Returns the strengths that were tried; those chosen are marked."""
+    rows = [
+        [
+            row["method"],
+            f"{row['strength']:g}" if row["method"] in strengths else "",
+            f"{100 * sum(row['accuracies']) / len(row['accuracies']):.1f}",
+        ]
+        for row in tuning
+    ]
+    chosen = {
+        number
+        for number, row in enumerate(tuning)
+        if strengths.get(row["method"]) == row["strength"]
+    }
+    return table(
+        ["regularizer", "strength", "validation accuracy (%)"],
+        rows,
+        "Strengths that were tried; those chosen are shaded",
+        marked=chosen,
     )
 
 
@@ -222,7 +208,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_shown, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _text(text: str) -> str:
-    return html.escape(text)

@@ -5,9 +5,10 @@ import time
 from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.progress import TimeRemainingColumn as TimeLeft
+from rich.text import Text
 
 _SECONDS_BETWEEN_LINES = 30.0
 
@@ -39,11 +40,11 @@ def display(console: Console, title: str, cells: int, steps: int) -> Iterator[Di
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
+        TextColumn("steps"),
         TimeLeft(compact=True),
     )
-    with Progress(*columns, console=console) as progress:
-        overall = progress.add_task(title, total=cells * steps, note="steps")
+    with _Noted(*columns, console=console) as progress:
+        overall = progress.add_task(title, total=cells * steps)
         yield _Bars(progress, overall, steps)
 
 
@@ -57,8 +58,18 @@ def note(line: dict[str, Any]) -> str:
     return ", ".join([*parts, f"{line['images_per_second']:.0f} images/s"])
 
 
+class _Noted(Progress):
+    """Bars over a line of numbers, which has no room beside them in 80 columns."""
+
+    note = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield Text(self.note, no_wrap=True, overflow="ellipsis")
+
+
 class _Bars:
-    def __init__(self, progress: Progress, overall: Any, steps: int):
+    def __init__(self, progress: _Noted, overall: Any, steps: int):
         self._progress, self._overall, self._steps = progress, overall, steps
         self._cells_done, self._task = 0, None
 
@@ -66,13 +77,13 @@ class _Bars:
         self._progress.console.print(text, markup=False, highlight=False)
 
     def begin(self, cell: str, step: int, steps: int) -> None:
-        self._task = self._progress.add_task(
-            cell, total=steps, completed=step, note="compiling"
-        )
+        self._progress.note = "compiling"
+        self._task = self._progress.add_task(cell, total=steps, completed=step)
 
     def update(self, line: dict[str, Any]) -> None:
         assert self._task is not None
-        self._progress.update(self._task, completed=line["step"], note=note(line))
+        self._progress.note = note(line)
+        self._progress.update(self._task, completed=line["step"])
         done = self._cells_done * self._steps + line["step"]
         self._progress.update(self._overall, completed=done)
 
@@ -83,6 +94,7 @@ class _Bars:
         self._cells_done += 1
         self._progress.update(self._overall, completed=self._cells_done * self._steps)
         self.say(summary)
+        self._progress.note = ""
 
 
 class _Lines:

@@ -18,7 +18,7 @@ def conflict_map(
     """The cosine of two gradients in every leaf at every step, as a heat map.
 
     Blue where they agree, orange where they conflict, white where neither is so; the
-    largest cosine of all has the full colour. A step without one is left blank (NaN).
+    largest cosine of all has the full colour. A step without one (NaN) is grey.
 
     Args:
       cosines: from -1 to 1, such as the field of `conflict_metrics` with scope "leaf",
@@ -49,7 +49,7 @@ def conflict_map(
 
     palette = LinearSegmentedColormap.from_list(
         "conflict", [COLOURS[1], "#FFFFFF", COLOURS[0]]
-    )
+    ).with_extremes(bad="#CCCCCC")
     known = values[np.isfinite(values)]
     limit = float(np.abs(known).max(initial=0)) or 1.0
     figure = blank(8.0, 1.3 + 0.26 * len(names))
@@ -65,7 +65,7 @@ def conflict_map(
     )
     axes.set_yticks(range(len(names)), list(names), fontsize=8)
     axes.set_xlabel("step")
-    figure.colorbar(image, label="cosine (below 0: conflict)")
+    figure.colorbar(image, label="cosine\n(below 0: conflict)")
     if known.size:
         counts = np.isfinite(values).sum(axis=1)
         shares = (values < 0).sum(axis=1) / np.maximum(counts, 1)

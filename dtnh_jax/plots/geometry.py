@@ -1,6 +1,6 @@
 """Two gradients in the plane."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
@@ -12,6 +12,10 @@ from dtnh_jax.plots._style import COLOURS, GREY, blank
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# In inches: the sides of the picture, and what names may take at each end of them.
+_SIDES = np.array([6.2, 4.1])
+_ROOM = np.array([1.6, 0.5])
+
 
 def projection(g: Sequence[float], r: Sequence[float]) -> "Figure":
     """Two gradients in the plane, their sum, and what DTNH makes of it.
@@ -22,10 +26,18 @@ def projection(g: Sequence[float], r: Sequence[float]) -> "Figure":
 
     Returns:
       A figure. Shaded is the half-plane of updates that lower the loss at least as
-      fast as `g` alone, on to which DTNH projects `g + r`.
+      fast as `g` alone, on to which DTNH projects `g + r`. The title says whether the
+      two conflict.
 
     Raises:
       ValueError: unless both are two numbers and `g` is not zero.
+
+    Example:
+      >>> figure = projection([1.0, 0.0], [-0.5, 1.0])
+      >>> figure.get_suptitle()
+      'In conflict: DTNH moves g + r to where the loss falls as fast as with g'
+      >>> projection([1.0, 0.0], [0.5, 1.0]).get_suptitle()
+      'No conflict: DTNH is g + r'
     """
     ours, theirs = np.asarray(g, float), np.asarray(r, float)
     if ours.shape != (2,) or theirs.shape != (2,) or not ours.any():
@@ -36,15 +48,18 @@ def projection(g: Sequence[float], r: Sequence[float]) -> "Figure":
     gram = np.array([[ours @ ours, ours @ theirs], [ours @ theirs, theirs @ theirs]])
     weights = np.asarray(rules.dtnh(jnp.asarray(gram, jnp.float32)))
     update = weights[0] * ours + weights[1] * theirs
-    figure = blank(5.2, 4.2)
+    has_conflict = bool(ours @ theirs < 0)
+    figure = blank(*(side + 0.5 for side in _SIDES))
     axes = figure.subplots()
     points = np.array([np.zeros(2), ours, theirs, total, update])
     low, high = points.min(axis=0), points.max(axis=0)
-    margin = 0.3 * (high - low).max()
-    axes.set_xlim(low[0] - margin, high[0] + margin)
-    axes.set_ylim(low[1] - margin, high[1] + margin)
+    # Both axes have the scale at which the arrows leave room for their names.
+    scale = np.max((high - low) / (_SIDES - 2 * _ROOM))  # of an inch
+    middle, half = (low + high) / 2, scale * _SIDES / 2
+    axes.set_xlim(middle[0] - half[0], middle[0] + half[0])
+    axes.set_ylim(middle[1] - half[1], middle[1] + half[1])
     along, across = ours / np.linalg.norm(ours), np.array([-ours[1], ours[0]])
-    far = 10 * (high - low).max()
+    far = 10 * half.max()
     across = far * across / np.linalg.norm(across)
     corners = [ours - across, ours + across, *(
         ours + far * along + sign * across for sign in (1, -1)
@@ -52,25 +67,71 @@ def projection(g: Sequence[float], r: Sequence[float]) -> "Figure":
     axes.fill(*np.transpose(corners), color=COLOURS[2], alpha=0.12, linewidth=0)
     axes.plot(*np.transpose(corners[:2]), color=COLOURS[2], linewidth=1)
     arrows = {
-        "g, the loss": (ours, COLOURS[0], "-", (8, -4), "left"),
-        "r, the regularizer": (theirs, COLOURS[4], "-", (0, 6), "center"),
-        "g + r": (total, GREY, "--", (-6, 6), "right"),
-        "DTNH": (update, COLOURS[1], "-", (6, 6), "left"),
+        "g, the loss": (ours, COLOURS[0], "-"),
+        "r, the regularizer": (theirs, "#B07800", "-"),  # of COLOURS[4], to be read
+        "g + r": (total, GREY, "--"),
+        "DTNH": (update, COLOURS[1], "-"),
     }
-    for label, (end, colour, dashes, offset, side) in arrows.items():
+    if not has_conflict:
+        del arrows["g + r"]
+        arrows["DTNH = g + r"] = arrows.pop("DTNH")
+    ends = {name: end / scale * 72 for name, (end, *_) in arrows.items()}
+    drawn = [np.linspace(total, update, 40), np.linspace(corners[0], corners[1], 2000)]
+    offsets = _offsets(ends, np.concatenate(drawn) / scale * 72)
+    for (name, (end, colour, dashes)), offset in zip(arrows.items(), offsets):
         style = {"arrowstyle": "-|>", "color": colour, "lw": 2, "ls": dashes}
+        style |= {"shrinkA": 0, "shrinkB": 0}
         axes.annotate("", end, (0, 0), arrowprops=style)
         axes.annotate(
-            label,
+            name,
             end,
             textcoords="offset points",
             xytext=offset,
             color=colour,
-            ha=side,
+            ha="center",
+            va="center",
         )
     axes.plot(*np.transpose([total, update]), ":", color=GREY)
-    axes.set_title("In the shaded half, the loss falls as fast as with g alone")
+    axes.set_xlabel("shaded: the loss falls as fast as with g alone, or faster")
     axes.set_aspect("equal")
     axes.set_xticks([])
     axes.set_yticks([])
+    figure.suptitle(
+        "In conflict: DTNH moves g + r to where the loss falls as fast as with g"
+        if has_conflict
+        else "No conflict: DTNH is g + r",
+        fontsize=11,
+    )
     return figure
+
+
+def _offsets(
+    ends: Mapping[str, np.ndarray], dots: np.ndarray
+) -> list[tuple[float, float]]:
+    """Returns where names stand, from the ends of their arrows (all in points).
+
+    Each stands as near to its end, and as straight ahead of its arrow, as it can
+    without lying on an arrow, on one of the dots that stand for other lines, or on a
+    name that has its place.
+    """
+    taken = [end * share for end in ends.values() for share in np.linspace(0, 1, 40)]
+    taken += list(dots)
+    found = []
+    for name, end in ends.items():
+        half = np.array([3.2 * len(name), 7.0])  # of the text
+        ahead = end / (np.linalg.norm(end) or 1.0)
+        choices = []
+        for away in (4.0, 12.0, 24.0, 40.0):
+            for turn in np.linspace(-np.pi, np.pi, 24, endpoint=False):
+                cos, sin = np.cos(turn), np.sin(turn)
+                side = np.array([[cos, -sin], [sin, cos]]) @ ahead
+                # The name's centre, so that its edge is so far from the end.
+                offset = side * (half + away)
+                gaps = np.abs(np.array(taken) - end - offset) - half
+                is_free = bool((gaps.max(axis=1) > 2).all())
+                choices.append((not is_free, away + 8 * abs(turn), *offset))
+        *_, x, y = min(choices)
+        found.append((float(x), float(y)))
+        grid = np.linspace(-1, 1, 12)
+        taken += [end + (x, y) + half * (a, b) for a in grid for b in grid]
+    return found

@@ -15,9 +15,10 @@ _STYLES = {
     None: (COLOURS[5], HATCHES[2], "no target"),
 }
 
-# Ticks of axes that reach far from 1, or not.
+# Ticks of axes that reach far from 1, or less far, or hardly at all.
 _FAR = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 _NEAR = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.5, 1.75, 2, 2.5)
+_NEXT_TO = (0.8, 0.85, 0.9, 0.95, 1, 1.05, 1.1, 1.15, 1.2)
 
 
 def benchmark_ratios(rows: Sequence[Mapping[str, Any]]) -> "Figure":
@@ -49,7 +50,7 @@ def benchmark_ratios(rows: Sequence[Mapping[str, Any]]) -> "Figure":
         raise ValueError("`rows` must hold a row with a `ratio`, got none.")
     groups = list(dict.fromkeys(row["group"] for row in drawn))
     by_group = [[row for row in drawn if row["group"] == group] for group in groups]
-    figure = blank(9.5, 1.3 + 0.24 * len(drawn) + 0.45 * len(groups))
+    figure = blank(8.0, 1.3 + 0.32 * len(drawn) + 0.45 * len(groups))
     heights = [len(members) + 1 for members in by_group]
     panels = figure.subplots(
         len(groups), 1, squeeze=False, gridspec_kw={"height_ratios": heights}
@@ -94,15 +95,15 @@ def _draw_group(axes: Any, members: Sequence[Mapping[str, Any]]) -> None:
             axes.plot([row["target"]] * 2, ends, color="black", lw=2)
         beside = axes.get_yaxis_transform()
         label = f"{row['ratio']:.2f}"
-        axes.text(1.01, place, label, transform=beside, va="center", fontsize=7)
+        axes.text(1.01, place, label, transform=beside, va="center", fontsize=8)
     axes.axvline(1, color=GREY, linewidth=0.8)
-    labels = [f"{row['subject']}: {row['name']} / {row['against']}" for row in members]
-    axes.set_yticks(range(len(members)), labels, fontsize=7)
+    labels = [f"{row['subject']}: {row['name']}\n/ {row['against']}" for row in members]
+    axes.set_yticks(range(len(members)), labels, fontsize=8, linespacing=0.95)
     axes.set_ylim(len(members) - 0.4, -0.6)
     ends = [1.0, *(row[key] for row in members for key in ("ratio_low", "ratio_high"))]
     ends += [row["target"] for row in members if row["target"] is not None]
     low, high = 0.93 * min(ends), 1.07 * max(ends)
-    ticks = _NEAR if high / low < 3 else _FAR
+    ticks = _NEXT_TO if high / low < 1.3 else _NEAR if high / low < 3 else _FAR
     shown = [tick for tick in ticks if low <= tick <= high]
     axes.set_xlim(low, high)
     axes.set_xticks(shown, [f"{tick:g}" for tick in shown])

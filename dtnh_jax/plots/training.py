@@ -1,11 +1,12 @@
 """What became of training: accuracies, conflicts, predictions."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dtnh_jax.plots._style import COLOURS, DASHES, GREY, blank
+from dtnh_jax.plots._style import COLOURS, DASHES, FEW, GREY, blank, legend, span
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -15,7 +16,7 @@ def accuracy_by_method(
     accuracies: Mapping[str, Sequence[float]],
     intervals: Mapping[str, tuple[float, float]] | None = None,
 ) -> "Figure":
-    """Accuracy of each method: every seed, the mean, and the interval of the mean.
+    """Accuracy of each method: every seed, the mean, and its interval if it has one.
 
     Args:
       accuracies: from 0 to 1, one a seed, by method. Methods are drawn from top to
@@ -24,34 +25,53 @@ def accuracy_by_method(
         that are not in it have none, as with a single seed.
 
     Returns:
-      A figure.
+      A figure; the title says which mean is the highest.
 
     Raises:
       ValueError: without methods, or for a method without accuracies.
+
+    Example:
+      >>> accuracies = {"l2_sp": [0.5, 0.6], "l2_sp+dtnh": [0.6, 0.7]}
+      >>> figure = accuracy_by_method(accuracies, {"l2_sp+dtnh": (0.4, 0.9)})
+      >>> figure.get_suptitle()
+      'Highest mean: l2_sp+dtnh, 65.0% [40.0, 90.0]'
     """
     if not accuracies:
         raise ValueError("`accuracies` must hold at least 1 method, got 0.")
     for method, values in accuracies.items():
         if not len(values):
             raise ValueError(f"`accuracies[{method!r}]` must hold a number, got none.")
-    figure = blank(7.0, 0.9 + 0.45 * len(accuracies))
+    ends = {
+        method: 100 * np.asarray(interval, float)
+        for method, interval in (intervals or {}).items()
+        if method in accuracies
+    }
+    several = max(map(len, accuracies.values())) > 1
+    figure = blank(7.0, 1.2 + 0.45 * len(accuracies))
     axes = figure.subplots()
     for row, (method, values) in enumerate(accuracies.items()):
         percent = 100 * np.asarray(values, float)
         colour = COLOURS[1] if "+" in method else COLOURS[0]
-        if intervals and method in intervals:
-            ends = 100 * np.asarray(intervals[method], float)
-            axes.plot(ends, [row, row], color=colour, linewidth=2)
-        below = np.full(len(percent), row + 0.25)
-        axes.plot(percent, below, "o", color=GREY, ms=3.5)
+        if method in ends:
+            axes.plot(ends[method], [row, row], color=colour, linewidth=2)
+        if several:
+            below = np.full(len(percent), row + 0.25)
+            axes.plot(percent, below, "o", color=GREY, ms=3.5)
         axes.plot(
             [percent.mean()], [row], "D" if "+" in method else "s", color=colour, ms=8
         )
     axes.set_yticks(range(len(accuracies)), list(accuracies))
     axes.invert_yaxis()
-    drawn = "mean, 95% interval, and every seed" if intervals else "mean and every seed"
-    axes.set_xlabel(f"test accuracy (%): {drawn}")
+    drawn = ["mean", *["95% interval"] * bool(ends), "every seed"]
+    shown = f": {', '.join(drawn[:-1])} and {drawn[-1]}" if several else " of one seed"
+    axes.set_xlabel(f"test accuracy (%){shown}")
     axes.grid(axis="x", alpha=0.3)
+    means = {method: 100 * np.mean(values) for method, values in accuracies.items()}
+    best = max(means, key=means.__getitem__)
+    title = f"Highest {'mean' if several else 'accuracy'}: {best}, {means[best]:.1f}%"
+    if best in ends:
+        title += " [{:.1f}, {:.1f}]".format(*ends[best])
+    figure.suptitle(title, fontsize=11)
     return figure
 
 
@@ -60,21 +80,34 @@ def conflict_over_steps(metrics: Sequence[Mapping[str, Any]]) -> "Figure":
 
     Args:
       metrics: lines as in `metrics.jsonl`, with `method`, `seed` and `step`; those
-        without `cosine` (no regularizer) are left out. Drawn are means over seeds and
-        over a tenth of all steps: those of single mini-batches are mostly noise.
+        without `cosine` (no regularizer) are left out, and numbers that are None (not
+        finite). Drawn are means over seeds and over a tenth of all steps: those of
+        single mini-batches are mostly noise.
 
     Returns:
-      A figure of two panels.
+      A figure of two panels; the title says which method was most in conflict, on
+      average over all its steps, and which least.
 
     Raises:
       ValueError: if no line has a cosine.
+
+    Example:
+      >>> line = {"method": "l2_sp", "seed": 0, "step": 1}
+      >>> figure = conflict_over_steps([line | {"cosine": -0.1, "conflict": 1.0}])
+      >>> figure.get_suptitle()
+      'In conflict on average: 100% (l2_sp)'
     """
     lines = [line for line in metrics if "cosine" in line]
     if not lines:
         raise ValueError("`metrics` must hold a line with `cosine`, got none.")
-    figure = blank(7.0, 4.6)
+    methods = list(dict.fromkeys(line["method"] for line in lines))
+    is_crowded = len(methods) > FEW
+    figure = blank(
+        7.0 + 2.2 * is_crowded, max(4.9, (0.8 + 0.2 * len(methods)) * is_crowded)
+    )
     above, below = figure.subplots(2, 1, sharex=True)
-    for number, method in enumerate(dict.fromkeys(line["method"] for line in lines)):
+    shares = {}
+    for number, method in enumerate(methods):
         ours = [line for line in lines if line["method"] == method]
         steps = sorted({line["step"] for line in ours})
         style = {
@@ -85,19 +118,27 @@ def conflict_over_steps(metrics: Sequence[Mapping[str, Any]]) -> "Figure":
         for axes, key, factor in ((above, "cosine", 1), (below, "conflict", 100)):
             by_step = {step: [] for step in steps}
             for line in ours:
-                by_step[line["step"]].append(factor * line[key])
+                if line[key] is not None:
+                    by_step[line["step"]].append(factor * line[key])
             parts = np.array_split(steps, min(10, len(steps)))
-            values = [np.mean([by_step[step] for step in part]) for part in parts]
+            values = [_mean([x for s in part for x in by_step[s]]) for part in parts]
             axes.plot([part.mean() for part in parts], values, **style, marker=".")
+        shares[method] = _mean([x for found in by_step.values() for x in found])
     above.axhline(0, color=GREY, linewidth=0.8)
     above.set_ylabel("cosine of loss and\nregularizer gradients")
     below.set_ylabel("share in conflict (%)")
     below.set_ylim(-3, 103)
     below.set_xlabel("training step (means over seeds and a tenth of the steps)")
-    figure.legend(
-        *above.get_legend_handles_labels(), loc="outside upper center", ncols=4
-    )
+    legend(figure, *above.get_legend_handles_labels())
+    known = {method: share for method, share in shares.items() if np.isfinite(share)}
+    if known:
+        shown = span(known, "{:.0f}%".format)
+        figure.suptitle(f"In conflict on average: {shown}", fontsize=11)
     return figure
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else float("nan")
 
 
 def prediction_grid(
@@ -114,13 +155,21 @@ def prediction_grid(
       labels: the class of each image.
       predictions: the class that each method found for each image, by method.
       class_names: by class number.
-      columns: images in a row.
+      columns: images in a row, at most; fewer where names of methods are long.
 
     Returns:
-      A figure. Mistakes are marked with a cross as well as by colour.
+      A figure. Mistakes are marked with a cross as well as by colour; the title says
+      which method made the fewest of them and which the most.
 
     Raises:
       ValueError: without images, or if lengths differ.
+
+    Example:
+      >>> images = np.zeros((3, 8, 8, 3), np.uint8)
+      >>> found = {"scratch": [1, 0, 0], "l2_sp": [0, 0, 0]}
+      >>> figure = prediction_grid(images, [0, 1, 0], found, ["cup", "mug"])
+      >>> figure.get_suptitle()
+      'Right, of 3: from 1 (scratch) to 2 (l2_sp)'
     """
     if not len(images):
         raise ValueError("`images` must hold at least 1 image, got 0.")
@@ -132,19 +181,27 @@ def prediction_grid(
             )
     from matplotlib.figure import Figure
 
-    columns = min(columns, len(images))
+    longest = max(map(len, predictions), default=0) + 2
+    # In inches: a photograph under its title and over a line for each method, as wide
+    # as the longest name asks for.
+    side, title, line, gap = 1.4, 0.25, 0.16, 0.1
+    width, height = (
+        max(side, 0.068 * longest) + gap,
+        title + side + line * len(predictions) + gap,
+    )
+    columns = max(min(columns, len(images), int(9.2 / width)), 1)
     rows = -(-len(images) // columns)
-    # In inches: a photograph under its title and over a line for each method.
-    side, title, line, gap = 1.4, 0.25, 0.14, 0.1
-    width, height = side + gap, title + side + line * len(predictions) + gap
-    figure = Figure(figsize=(columns * width, rows * height), dpi=150)
+    heading = _most_right(labels, predictions)
+    heading = textwrap.fill(heading, max(int(columns * width * 12), 12))
+    top = 0.1 + 0.2 * len(heading.splitlines())
+    whole = rows * height + top
+    figure = Figure(figsize=(columns * width, whole), dpi=150)
+    figure.suptitle(heading, fontsize=11, y=1 - 0.05 / whole, va="top")
     for i in range(len(images)):
         row, column = divmod(i, columns)
-        left = (column + 0.5 * gap / width) / columns
-        bottom = 1 - (row + (title + side) / height) / rows
-        axes = figure.add_axes(
-            (left, bottom, side / width / columns, side / height / rows)
-        )
+        left = (column + 0.5 * (width - side) / width) / columns
+        bottom = 1 - (top + row * height + title + side) / whole
+        axes = figure.add_axes((left, bottom, side / width / columns, side / whole))
         axes.axis("off")
         axes.imshow(images[i])
         axes.set_title(class_names[labels[i]], fontsize=8, fontweight="bold", pad=3)
@@ -155,9 +212,19 @@ def prediction_grid(
                 -(0.04 + number * line) / side,
                 ("\u2713 " if is_right else "\u2717 ") + method,
                 color=COLOURS[0] if is_right else COLOURS[1],
-                fontsize=7,
+                fontsize=8,
                 ha="center",
                 va="top",
                 transform=axes.transAxes,
             )
     return figure
+
+
+def _most_right(labels: Sequence[int], predictions: Mapping[str, Sequence[int]]) -> str:
+    right = {
+        method: float(sum(found == label for found, label in zip(classes, labels)))
+        for method, classes in predictions.items()
+    }
+    if not right:
+        return f"{len(labels)} photographs"
+    return f"Right, of {len(labels)}: {span(right, '{:.0f}'.format)}"
