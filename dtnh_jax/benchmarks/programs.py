@@ -68,7 +68,7 @@ def _exactly(value: float) -> Spread:
 @contextlib.contextmanager
 def _nothing_from_disk() -> Iterator[None]:
     """Has every program compiled, even if one like it has been stored."""
-    before = jax.config.jax_enable_compilation_cache  # pyright: ignore
+    before = jax.config.jax_enable_compilation_cache  # pyright: ignore  (made at run time)
     # The flag is read once, until the cache is reset.
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
