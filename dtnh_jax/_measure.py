@@ -191,7 +191,7 @@ def _alike(xs: list[Array], ys: list[Array]) -> list[list[int]]:
 
 def _products(
     leaves: list[tuple[tuple[Array, Array], tuple[Array, Array]]],
-    by: tuple[Float[Array, "L"], Float[Array, "L"]],
+    by: tuple[Float[Array, "L"], ...],
     alike: list[list[int]],
 ) -> tuple[Float[Array, "L"], ...]:
     """The three inner products of every leaf, scaled.
