@@ -97,7 +97,7 @@ def cache_features(
       >>> import tempfile
       >>> folder = tempfile.TemporaryDirectory()
       >>> examples = [{"image": np.full(2, i, np.float32)} for i in range(3)]
-      >>> weights = {"w": jnp.eye(2)}
+      >>> weights = {"w": np.eye(2, dtype=np.float32)}
       >>> def compute(batch):
       ...     return {"last": batch["image"] @ weights["w"]}
       >>> cached = cache_features(

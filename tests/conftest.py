@@ -11,6 +11,8 @@ os.environ["XLA_FLAGS"] = " ".join(
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
+        # Eight devices on two busy cores wait for each other longer than usual.
+        "--xla_cpu_collective_call_terminate_timeout_seconds=300",
     ]
 ).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

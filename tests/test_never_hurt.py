@@ -137,19 +137,22 @@ def test_the_first_step_and_strength_zero_are_the_loss_alone():
     chex.assert_trees_all_equal(found, [pair.loss for pair in pairs])
 
 
-def test_a_leaf_in_conflict_is_left_out_as_a_whole():
-    # All steps the same: nothing is uncertain, and parts that agree would be kept.
+@pytest.mark.parametrize("has_gate", [False, True])
+def test_only_a_gate_leaves_out_all_of_a_leaf_in_conflict(has_gate):
+    # All steps the same: nothing is uncertain, and parts that agree are kept.
     g = {"kernel": np.ones((4, 3), np.float32), "bias": np.ones(3, np.float32)}
     r = {
         "kernel": np.float32([[-1, -1, 1]] * 4),
         "bias": np.float32([1, 1, -1]),
     }
-    found, state = history(never_hurt(1.0), [GradientPair(g, r)] * 5)
-    np.testing.assert_array_equal(found[-1]["kernel"], g["kernel"])
+    tx = with_ingredients(Ingredients(gate=True), 1.0) if has_gate else never_hurt(1.0)
+    found, state = history(tx, [GradientPair(g, r)] * 5)
+    kernel = [1, 1, 1] if has_gate else [1, 1, 2]
+    np.testing.assert_allclose(found[-1]["kernel"], [kernel] * 4, rtol=1e-5)
     np.testing.assert_allclose(found[-1]["bias"], [2, 2, 1], rtol=1e-5)
     seen = conflict_metrics(state)
     np.testing.assert_allclose(seen["conflict"], (8 + 1) / 15, rtol=1e-6)
-    removed = 1 - np.sqrt(2 / 15)
+    removed = 1 - np.sqrt((2 if has_gate else 6) / 15)
     np.testing.assert_allclose(seen["removed"], removed, rtol=1e-4)
 
 
