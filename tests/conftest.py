@@ -11,11 +11,14 @@ os.environ["XLA_FLAGS"] = " ".join(
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
-        # Eight devices on two busy cores wait for each other longer than usual.
-        "--xla_cpu_collective_call_terminate_timeout_seconds=300",
+        # On two busy cores that takes longer than usual.
+        "--xla_cpu_collective_call_terminate_timeout_seconds=120",
     ]
 ).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# XLA's threads, by default one a device. A device may wait for the others in several
+# sums at once: with as few threads as that, all of them can wait for each other.
+os.environ.setdefault("NPROC", "64")
 
 import jax
 
