@@ -23,7 +23,6 @@ NAMES = (
     "quickstart",
     "tpu_and_sharding",
 )
-SLOW = ("anatomy_of_conflict", "tpu_and_sharding")
 each_notebook = pytest.mark.parametrize("name", NAMES)
 
 
@@ -50,13 +49,7 @@ def test_there_are_no_other_notebooks():
     assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == list(NAMES)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
-        for name in NAMES
-    ],
-)
+@each_notebook
 def test_a_notebook_runs_in_its_fast_mode(name):
     notebook = load(name)
     committed = [len(pictures(cell)) for cell in code_of(notebook)]
