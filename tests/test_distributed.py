@@ -111,7 +111,9 @@ def test_two_processes_have_the_curves_of_one(data_dir, alone, tmp_path):
     first, second = finish(*start_pair(data_dir, run_dir))
     assert "Report:" in first
     # One of them prints, beside the library that connects them.
-    assert not [line for line in second.splitlines() if "[Gloo]" not in line]
+    # Its threads write at once, so that a line may be cut from its end.
+    said = [line for line in second.splitlines() if line.strip()]
+    assert not [line for line in said if "[Gloo]" not in line]
     assert_same_curves(run_dir, alone)
     measured = json.loads((run_dir / "results.json").read_text())["measured"]
     assert measured["mesh"] == {"data": 2, "fsdp": 2}
