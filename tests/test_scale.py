@@ -85,20 +85,24 @@ MAKERS = {
 }
 
 
+@pytest.mark.parametrize("whole", [None, "c"], ids=["all", "but one"])
 @pytest.mark.parametrize("name", MAKERS)
-def test_fully_sharded_updates_take_one_or_two_small_sums_and_gather_nothing(name):
+def test_fully_sharded_updates_take_one_or_two_small_sums_and_gather_nothing(
+    name, whole
+):
+    """Also where leaves of one shape, which are measured as one, are cut otherwise."""
     make, sums = MAKERS[name]
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 
-    def spec(x):
-        cut = P("data") if x.shape else P()
-        return jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=NamedSharding(mesh, cut if x.size > 8 else P())
-        )
+    def spec(path, x):
+        is_cut = x.size > 8 and jax.tree_util.keystr(path[-1:], simple=True) != whole
+        sharding = NamedSharding(mesh, P("data") if is_cut else P())
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    params = {"w": jnp.zeros((16, 6)), "v": jnp.zeros((8, 4)), "b": jnp.zeros(16)}
-    state = jax.tree.map(spec, jax.eval_shape(make().init, params))
-    params = jax.tree.map(spec, params)
+    params = {"w": jnp.zeros((16, 6)), "v": jnp.zeros((8, 4))}
+    params |= {"b": jnp.zeros(16), "c": jnp.zeros(16)}
+    state = jax.tree.map_with_path(spec, jax.eval_shape(make().init, params))
+    params = jax.tree.map_with_path(spec, params)
     update = jax.jit(lambda pair, state, params: make().update(pair, state, params))
     compiled = update.lower(GradientPair(params, params), state, params).compile()
     found = re.findall(
