@@ -146,7 +146,7 @@ def refreshed_gradient(
                 total = total + factor * value
             return total
 
-        def both():
+        def both(at):
             loss = at.tree(at.gradient(lambda outputs: outputs[0]))
             getters = {}
             for name in options.strengths:
@@ -169,13 +169,20 @@ def refreshed_gradient(
             return [jnp.full(x.shape, jnp.nan, x.dtype) for x in shapes]
 
         if is_due is True:
-            leaves, state = both()
+            leaves, state = both(at)
         else:
-            guess = jax.lax.cond(is_due, unknown, one) if is_due is not False else one()
+            guess = one() if is_due is False else jax.lax.cond(is_due, unknown, one)
             finite = [jnp.all(jnp.isfinite(x)) for x in guess]
             following = state._replace(step=optax.safe_increment(state.step))
+
+            def again():
+                # Where that is rare, what a backward pass needs is not kept for it.
+                return both(
+                    linearize(params, *args, **kwargs) if is_due is False else at
+                )
+
             leaves, state = jax.lax.cond(
-                jnp.all(jnp.array(finite)), lambda: (guess, following), both
+                jnp.all(jnp.array(finite)), lambda: (guess, following), again
             )
         outputs = (at.values, at.aux) if has_aux else at.values
         return outputs, at.tree(leaves), state

@@ -141,9 +141,19 @@ def breaking(params, x):
     return loss + x[0, 0] * params["v"][0], regularizer + x[1, 0] * params["v"][0]
 
 
-@pytest.mark.parametrize("at", [0, 1], ids=["refresh", "between"])
+@pytest.mark.parametrize(
+    ("at", "by"),
+    [
+        (0, "value_and_gradient"),
+        (1, "value_and_gradient"),
+        (0, "refresh"),
+        (1, "reuse"),
+    ],
+)
 @pytest.mark.parametrize("term", ["loss", "regularizer"])
-def test_what_is_not_finite_is_never_applied_and_the_one_to_blame_is_found(at, term):
+def test_what_is_not_finite_is_never_applied_and_the_one_to_blame_is_found(
+    at, by, term
+):
     resolved = refreshed_gradient(breaking, 2.0, refresh_every=4)
     gradient = jax.jit(resolved.value_and_gradient)
     good = jnp.concatenate([jnp.zeros((2, 2)), X])
@@ -156,7 +166,7 @@ def test_what_is_not_finite_is_never_applied_and_the_one_to_blame_is_found(at, t
     for _ in range(at):
         _, _, state = gradient(PARAMS, state, good)
     before = state
-    _, got, state = gradient(PARAMS, state, bad)
+    _, got, state = jax.jit(getattr(resolved, by))(PARAMS, state, bad)
     _, pair = value_and_gradient_pair(breaking)(PARAMS, bad)
     np.testing.assert_array_equal(state.weights, before.weights)
     if term == "regularizer":
@@ -226,11 +236,33 @@ def test_a_loop_that_counts_needs_no_branch():
     forward = 2
     assert both == forward + 2 * (backward - forward)
     assert not any(map(sum, branches))
-    # What is left of the second pass is for a result that is not finite.
+    # All is done anew for a result that is not finite, for which nothing is kept.
     outside, branches = products(jax.make_jaxpr(resolved.reuse)(*args))
     assert outside == backward
     costly = [sorted(branch) for branch in branches if sum(branch)]
-    assert costly == [[0, 2 * (backward - forward)]]
+    assert costly == [[0, forward + 2 * (backward - forward)]]
+
+
+def test_a_step_that_reuses_weights_keeps_no_more_than_a_plain_one():
+    def deep(params, x):
+        for w in params:
+            x = jnp.tanh(x @ w)
+        return jnp.mean(x), jnp.mean(x**2)
+
+    def plain(params, state, x):
+        return jax.grad(lambda p: sum(deep(p, x)))(params), state
+
+    params = [jnp.zeros((8, 8))] * 6
+    resolved = refreshed_gradient(deep, 1.0, refresh_every=10)
+
+    def temporary(step):
+        lowered = jax.jit(step).lower(
+            params, resolved.init(params), jnp.ones((4096, 8))
+        )
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    activations = 6 * 4096 * 8 * 4
+    assert temporary(resolved.reuse) < temporary(plain) + 0.3 * activations
 
 
 @pytest.mark.parametrize("bad", [{"refresh_every": 0}, {"strength": -1.0}])

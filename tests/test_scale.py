@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -129,6 +130,19 @@ def test_leaves_of_zeros_cost_no_second_pass(small, passes):
     (seen,) = _measure.measure([_measure.Pairing(get, np.eye(2, dtype=bool))])
     assert calls == [0] + [0, 1] * passes  # at first, for their types
     np.testing.assert_allclose(seen.x_norm, [3**0.5, 2 * small], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("platform", "is_apart"), [("cpu", True), ("tpu", False)])
+def test_sums_are_kept_apart_on_a_cpu_alone(platform, is_apart):
+    """Elsewhere they are to become one kernel, which reads each array once."""
+    params = {"w": jnp.zeros((300, 200))}
+    pull = add_regularizer(l2_sp(params), 0.1)
+    update = jax.jit(lambda g, state, params: pull.update(g, state, params))
+    code = export.export(update, platforms=[platform])(
+        params, pull.init(params), params
+    )
+    barriers = re.findall(r"optimization_barrier.*", code.mlir_module())
+    assert any("300x200" in barrier for barrier in barriers) == is_apart
 
 
 def test_leaves_of_one_shape_are_measured_each_at_its_own_scale():

@@ -18,6 +18,7 @@ GROUP = "peers"
 # What TorchJD's UPGrad imports, too.
 PACKAGES = ("torch", "torchjd", "qpsolvers", "quadprog")
 PLAIN, RESOLVED = "ours, plain", "ours, DTNH"
+FLOOR = f"ours, {steps.FLOOR}"
 TORCH_PLAIN = "PyTorch, plain"
 # By default both gradients are taken at once, by `torch.vmap`; "in turn" is TorchJD's
 # `parallel_chunk_size=1`, which is what suits a CPU.
@@ -57,17 +58,23 @@ def measure(network: Network, rounds: int, is_convolutional: bool) -> list[Row]:
       ValueError: if the two frameworks do not compute the same.
     """
     compiled = contests.Compiled()
-    ours = compiled.calls(network, [steps.PLAIN, steps.DISTILLATION_DTNH])
+    named = {
+        PLAIN: steps.PLAIN,
+        FLOOR: steps.FLOOR,
+        RESOLVED: steps.DISTILLATION_DTNH,
+    }
+    ours = compiled.calls(network, named.values())
     calls = {
-        PLAIN: ours[steps.PLAIN],
-        RESOLVED: ours[steps.DISTILLATION_DTNH],
+        **{name: ours[method] for name, method in named.items()},
         **torch_steps(network),
     }
     seconds = interleaved(calls, rounds, pause=_PAUSE)
     absolute = None if is_convolutional else 1.0
     comparisons = {
+        FLOOR: [one(PLAIN)],
         RESOLVED: [
             one(PLAIN),
+            one(FLOOR),
             *(against for name in PEERS for against in _against(name, absolute)),
         ],
         **{name: [one(TORCH_PLAIN)] for name in PEERS},

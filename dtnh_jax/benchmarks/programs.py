@@ -12,21 +12,28 @@ from dtnh_jax.benchmarks.rows import Row, one, timed
 from dtnh_jax.benchmarks.timing import Spread, interleaved
 
 _TARGET = 1.2  # of the step in which gradients are simply added
-_PLAIN = {
-    steps.L2_SP_DTNH: steps.L2_SP,
-    steps.DISTILLATION_DTNH: steps.DISTILLATION,
+_COMPILED = {
+    steps.L2_SP: [],
+    steps.L2_SP_BY_HAND: [one(steps.L2_SP)],
+    steps.L2_SP_DTNH: [one(steps.L2_SP, _TARGET), one(steps.L2_SP_BY_HAND)],
+    steps.DISTILLATION: [],
+    steps.DISTILLATION_BY_HAND: [one(steps.DISTILLATION)],
+    steps.DISTILLATION_DTNH: [
+        one(steps.DISTILLATION, _TARGET),
+        one(steps.DISTILLATION_BY_HAND),
+    ],
 }
 _KEPT = {
-    **_PLAIN,
+    steps.L2_SP_DTNH: steps.L2_SP,
+    steps.DISTILLATION_DTNH: steps.DISTILLATION,
     "L2-SP, never_hurt": steps.L2_SP,
     "distillation, never_hurt": steps.DISTILLATION,
 }
 
 
 def compile_times(network: Network, rounds: int) -> list[Row]:
-    """Seconds to trace and compile a step, with and without DTNH."""
-    names = [name for pair in _PLAIN.items() for name in reversed(pair)]
-    programs = {name: steps.program(network, name) for name in names}
+    """Seconds to trace and compile a step: plain, with DTNH, and with it by hand."""
+    programs = {name: steps.program(network, name) for name in _COMPILED}
     for made in programs.values():
         made.lower()  # the first time, much is imported and traced that stays
 
@@ -34,10 +41,9 @@ def compile_times(network: Network, rounds: int) -> list[Row]:
         return lambda: programs[name].compile() and None
 
     with _nothing_from_disk():
-        calls = {name: compiling(name) for name in names}
+        calls = {name: compiling(name) for name in programs}
         seconds = interleaved(calls, rounds, warm_up=0)
-    comparisons = {name: [one(plain, _TARGET)] for name, plain in _PLAIN.items()}
-    return timed("compile", network.name, seconds, comparisons, unit="s")
+    return timed("compile", network.name, seconds, _COMPILED, unit="s")
 
 
 def memory(network: Network, compiled: contests.Compiled) -> list[Row]:

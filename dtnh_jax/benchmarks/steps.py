@@ -10,6 +10,7 @@ import optax
 import dtnh_jax
 from dtnh_jax import GradientPair, regularizers, rules
 from dtnh_jax.benchmarks.bloop import bloop, two_gradients
+from dtnh_jax.benchmarks.by_hand import by_hand
 from dtnh_jax.benchmarks.networks import Network
 from dtnh_jax.benchmarks.rows import Against, one
 
@@ -20,6 +21,8 @@ RATE = 1e-4
 PLAIN, L2_SP, DISTILLATION = "plain", "L2-SP", "distillation"
 REFRESHED = "distillation, DTNH refreshed every 8"
 L2_SP_DTNH, DISTILLATION_DTNH = "L2-SP, DTNH global", "distillation, DTNH"
+L2_SP_BY_HAND = "L2-SP, DTNH by hand"
+DISTILLATION_BY_HAND = "distillation, DTNH by hand"
 FLOOR = "one forward, two backward passes"
 BLOOP, OURS_AS_BLOOP = "Bloop, two jax.grad", "Bloop's rule, ours"
 
@@ -104,6 +107,11 @@ def _of_loss_and_pull(network: Network, state: State, data: Data) -> tuple[Any, 
     return jax.tree.map(lambda g, r: g + STRENGTH * r, grads, pull), stats
 
 
+def _of_loss_beside_pull(network: Network, state: State, data: Data) -> tuple[Any, Any]:
+    grads, stats = _of_loss(network, state, data)
+    return GradientPair(grads, data.pull.gradient(state.params)), stats
+
+
 def _of_pair(network: Network, state: State, data: Data) -> tuple[Any, Any]:
     value_and_pair = dtnh_jax.value_and_gradient_pair(network.objective, has_aux=True)
     (_, stats), pair = value_and_pair(state.params, state.batch_stats, data.batch)
@@ -121,6 +129,7 @@ def _pulled(**options: Any) -> Callable[[Data], optax.GradientTransformation]:
 METHODS: dict[str, Method] = {
     PLAIN: Method(_of_loss),
     L2_SP: Method(_of_loss_and_pull),
+    L2_SP_BY_HAND: Method(_of_loss_beside_pull, lambda data: by_hand(STRENGTH)),
     L2_SP_DTNH: Method(_of_loss, _pulled()),
     "L2-SP, DTNH leaf": Method(_of_loss, _pulled(scope="leaf")),
     "L2-SP, DTNH unit": Method(_of_loss, _pulled(scope="unit")),
@@ -131,6 +140,7 @@ METHODS: dict[str, Method] = {
     ),
     DISTILLATION: Method(_of_sum),
     FLOOR: Method(_of_pair, has_optimizer=False),
+    DISTILLATION_BY_HAND: Method(_of_pair, lambda data: by_hand(STRENGTH)),
     DISTILLATION_DTNH: Method(_of_pair, lambda data: dtnh_jax.dtnh(STRENGTH)),
     # It has gradients and state of its own, see `_refreshing`.
     REFRESHED: Method(_of_sum, steps=8),
@@ -147,6 +157,7 @@ METHODS: dict[str, Method] = {
 }
 COMPARISONS: Mapping[str, list[Against]] = {
     L2_SP: [one(PLAIN)],
+    L2_SP_BY_HAND: [one(L2_SP)],
     L2_SP_DTNH: [one(L2_SP, target=1.05)],
     "L2-SP, DTNH leaf": [one(L2_SP, target=1.05)],
     "L2-SP, DTNH unit": [one(L2_SP)],
@@ -154,6 +165,7 @@ COMPARISONS: Mapping[str, list[Against]] = {
     "L2-SP, never_hurt": [one(L2_SP)],
     DISTILLATION: [one(PLAIN)],
     FLOOR: [one(DISTILLATION)],
+    DISTILLATION_BY_HAND: [one(FLOOR)],
     DISTILLATION_DTNH: [one(FLOOR, target=1.05), one(DISTILLATION)],
     REFRESHED: [one(DISTILLATION, target=1.15)],
     "distillation, never_hurt": [one(FLOOR)],

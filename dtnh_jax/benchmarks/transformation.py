@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dtnh_jax import add_regularizer, dtnh
+from dtnh_jax import GradientPair, add_regularizer, dtnh
+from dtnh_jax.benchmarks.by_hand import by_hand
 from dtnh_jax.benchmarks.rows import Row
-from dtnh_jax.benchmarks.timing import Spread, interleaved, spread
+from dtnh_jax.benchmarks.timing import interleaved, spread
 from dtnh_jax.regularizers import l2_sp
 
 GROUP = "transformation"
@@ -20,7 +21,8 @@ _BYTES = 4  # of a number
 TARGET = 1.25  # of the floor, and of growth in proportion
 # How often memory is read or written once: by a copy; by the inner products of two
 # trees and their sum; and where one of the two is the difference of two more.
-_PASSES = {"copy": 2, "DTNH": 5, "L2-SP with DTNH": 7}
+_COPY, _BY_HAND, _DTNH = "copy", "DTNH by hand", "DTNH"
+_PASSES = {_COPY: 2, _BY_HAND: 5, _DTNH: 5, "L2-SP with DTNH": 7}
 
 
 def shapes(size: int) -> dict[str, tuple[int, ...]]:
@@ -46,7 +48,7 @@ def count(size: int) -> int:
 
 
 def contestants(size: int) -> dict[str, Callable[[], Any]]:
-    """What is timed at one size: a copy of a tree, and two transformations.
+    """What is timed at one size: a copy of a tree, and three transformations.
 
     All write to memory that is there already, as in a training step whose buffers are
     donated: asking the system for new memory takes longer than to fill it.
@@ -59,24 +61,29 @@ def contestants(size: int) -> dict[str, Callable[[], Any]]:
         }
         for _ in range(3)
     )
-    resolve, pull = dtnh(0.1), l2_sp(source)
+    resolve, plain, pull = dtnh(0.1), by_hand(0.1), l2_sp(source)
 
     def copy(out, loss):
         del out
-        return jax.tree.map(lambda x: 1.5 * x, loss)
+        return jax.tree.map(lambda x: 1.5 * x, loss), ()
+
+    def of_pair_by_hand(out, loss, other, state):
+        del out
+        return plain.update(GradientPair(loss, other), state)
 
     def of_pair(out, loss, other, state):
         del out
-        return resolve.update(loss, state, regularizer_grads=other)[0]
+        return resolve.update(loss, state, regularizer_grads=other)
 
     def of_weights(out, loss, params, pull, state):
         del out
-        return add_regularizer(pull, 0.1).update(loss, state, params)[0]
+        return add_regularizer(pull, 0.1).update(loss, state, params)
 
     state = resolve.init(loss)
     arguments = {
-        "copy": (copy, (loss,)),
-        "DTNH": (of_pair, (loss, other, state)),
+        _COPY: (copy, (loss,)),
+        _BY_HAND: (of_pair_by_hand, (loss, other, plain.init(loss))),
+        _DTNH: (of_pair, (loss, other, state)),
         "L2-SP with DTNH": (of_weights, (loss, other, pull, state)),
     }
     return {
@@ -88,14 +95,14 @@ def contestants(size: int) -> dict[str, Callable[[], Any]]:
 def _repeated(
     function: Callable[..., Any], arguments: Sequence[Any], like: optax.Params
 ) -> Callable[[], Any]:
-    """Returns a call that writes where the one before has written."""
+    """Returns a call that writes updates where the one before has written them."""
     compiled = jax.jit(function, donate_argnums=0, keep_unused=True)
     out = jax.tree.map(jnp.zeros_like, like)
 
     def call():
         nonlocal out
-        out = compiled(out, *arguments)
-        return out
+        out, state = compiled(out, *arguments)
+        return out, state
 
     return call
 
@@ -113,24 +120,28 @@ def measure(sizes: Sequence[int], rounds: int) -> list[Row]:
     seconds = interleaved(by_label, rounds)
     rows = []
     for size, name in calls:
-        ours, copied = seconds[f"{size} {name}"], seconds[f"{size} copy"]
+        ours, copied = seconds[f"{size} {name}"], seconds[f"{size} {_COPY}"]
         passes = _PASSES[name]
         moved = spread(1e-9 * passes * _BYTES * numbers[size] / ours)
         row = Row(GROUP, _title(size), name, moved, "GB/s")
-        if name == "copy":
+        if name == _COPY:
             rows.append(row)
             continue
-        floor = copied * passes / _PASSES["copy"]
-
-        def compared(label: str, ratio: Spread, row=row) -> Row:
-            return row._replace(against=label, ratio=ratio, target=TARGET)
-
-        rows.append(compared(f"{passes} passes over memory", spread(ours / floor)))
+        floor = copied * passes / _PASSES[_COPY]
+        target = None if name == _BY_HAND else TARGET
+        compared = [(f"{passes} passes over memory", floor, target)]
         before = ordered[ordered.index(size) - 1]
-        if before < size:
-            in_proportion = seconds[f"{before} {name}"] * numbers[size]
-            ratio = spread(ours / in_proportion * numbers[before])
-            rows.append(compared(f"in proportion to {_title(before)}", ratio))
+        if target and before < size:
+            share = numbers[size] / numbers[before]
+            in_proportion = share * seconds[f"{before} {name}"]
+            title = f"in proportion to {_title(before)}"
+            compared.append((title, in_proportion, target))
+        if name == _DTNH:
+            compared.append((_BY_HAND, seconds[f"{size} {_BY_HAND}"], None))
+        rows += [
+            row._replace(against=label, ratio=spread(ours / other), target=target)
+            for label, other, target in compared
+        ]
     return rows
 
 
