@@ -56,10 +56,13 @@ def write(path: pathlib.Path, results: dict[str, Any]) -> None:
 
 
 def draw(path: pathlib.Path, results: dict[str, Any]) -> None:
-    """Makes the picture and the page of results that have been written."""
+    """Makes the page of what has been written, and a picture of what has a target."""
     rows = results["rows"]
-    if any(row["ratio"] is not None for row in rows):
-        plots.benchmark_ratios(rows).savefig(path.with_suffix(".png"))
+    compared = [row for row in rows if row["ratio"] is not None]
+    # What has no target would make the picture too long to look at.
+    aimed = [row for row in compared if row["target"] is not None] or compared
+    if aimed:
+        plots.benchmark_ratios(aimed).savefig(path.with_suffix(".png"))
     lines = [_HEADER, ["---"] * len(_HEADER), *map(cells, rows)]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     path.with_suffix(".md").write_text(f"{on_machine(results)}\n\n{table}\n")
