@@ -18,6 +18,7 @@ def by_hand(strength: float) -> optax.GradientTransformation:
       A transformation of a `GradientPair`. Its state is the angle's cosine.
 
     Example:
+      >>> from dtnh_jax import GradientPair
       >>> tx = by_hand(strength=1.0)
       >>> g, r = jnp.array([1.0, 0.0]), jnp.array([-1.0, 1.0])
       >>> updates, cosine = tx.update(GradientPair(g, r), tx.init(g))
