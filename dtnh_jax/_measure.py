@@ -52,16 +52,19 @@ def hide(tree: PyTree, times: int) -> PyTree:
     """The same values, of which XLA does not know on a CPU that they are the same.
 
     It would work out once what two sums are of, and write it to memory in between. On
-    other devices sums of the same arrays become one kernel that reads them once, unless
-    a barrier stands between them.
+    other devices sums of the same arrays can become one kernel, which reads them once,
+    unless a barrier stands between them.
     """
-
-    def apart(tree):  # leaf by leaf, since in `jax.shard_map` they may vary otherwise
-        return jax.tree.map(jax.lax.optimization_barrier, tree)
-
+    if not any(isinstance(x, Tracer) for x in jax.tree.leaves(tree)):
+        return tree  # nothing is fused outside of jit
     for _ in range(times):
-        tree = jax.lax.platform_dependent(tree, cpu=apart, default=lambda same: same)
+        tree = jax.lax.platform_dependent(tree, cpu=_apart, default=lambda same: same)
     return tree
+
+
+def _apart(tree: PyTree) -> PyTree:
+    # Leaf by leaf, since in `jax.shard_map` they may vary over different axes.
+    return jax.tree.map(jax.lax.optimization_barrier, tree)
 
 
 def measure(pairings: list[Pairing], axes: tuple[str, ...] = ()) -> list[Geometry]:

@@ -146,13 +146,15 @@ RULES: dict[str, Builder] = {
     "never-hurt": lambda optimizer, strength: optax.chain(
         never_hurt(strength), optimizer
     ),
-    # The same without one of its parts, with one more, or with a tighter bound.
+    # The same without one of its parts, with one more, or with another bound.
     "without-bound": _recipe(bound=False),
     "without-confidence": _recipe(confidence=False),
     "without-average": _recipe(confidence=False, reference_decay=0.0),
     "with-gate": _recipe(gate=True),
     "bound-0.3": _recipe(trust_ratio=0.3),
     "bound-0.1": _recipe(trust_ratio=0.1),
+    "bound-3": _recipe(trust_ratio=3.0),
+    "bound-10": _recipe(trust_ratio=10.0),
 }
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "sgd": lambda: optax.sgd(1.0, momentum=0.9, nesterov=True),
