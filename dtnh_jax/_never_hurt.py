@@ -86,7 +86,8 @@ def never_hurt(
         one, updates are a `GradientPair`, or `regularizer_grads` is given.
       reference_decay: of the moving averages, at least 0 and below 1.
       trust_ratio: the most that a regularizer may add to a parameter's gradient, as a
-        multiple of `|m|`.
+        multiple of `|m|`. With more than 1 it helps more at a strength that suits, and
+        harms at one that does not.
       mask: as in `dtnh`.
       axis_name: as in `dtnh`. What is measured needs two sums over devices.
 

@@ -171,14 +171,18 @@ def test_an_element_is_kept_or_dropped_whole():
     random = np.random.default_rng(0)
     g, r = (jnp.asarray(random.standard_normal(1000), jnp.float32) for _ in range(2))
     for strength in (1e-6, 0.1, 1e6):
-        update = jax.jit(lambda g, r, s=strength: resolve(g, r, s, scope="element"))(
-            g, r
-        )
-        agrees = np.asarray(g * r >= 0)
-        np.testing.assert_array_equal(np.asarray(update)[~agrees], g[~agrees])
-        np.testing.assert_allclose(
-            update[agrees], (g + strength * r)[agrees], rtol=1e-6
-        )
+        for run in (lambda f: f, jax.jit):  # which simplifies what is to be computed
+            update = run(lambda g, r, s=strength: resolve(g, r, s, scope="element"))(
+                g, r
+            )
+            agrees = np.asarray(g * r >= 0)
+            # A weight near 1 is known to rounding, and so is what it leaves of `g`.
+            np.testing.assert_array_max_ulp(
+                np.asarray(update)[~agrees], np.asarray(g)[~agrees], 1
+            )
+            np.testing.assert_allclose(
+                update[agrees], (g + strength * r)[agrees], rtol=1e-6
+            )
 
 
 @each_scope
