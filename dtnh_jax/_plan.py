@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from dtnh_jax import _scopes, rules
 from dtnh_jax._scopes import Geometry
+from dtnh_jax.rules._gram import part_of
 
 # Relative to its summands, a sum below this is their rounding: the two cancel.
 _ROUNDING = 1e-6
@@ -36,20 +37,20 @@ def make_plan(group: Geometry, rule: rules.Rule, is_coupled: bool) -> Plan:
     """Asks the rule, about gradients that are scaled so that their squares exist."""
     if not is_coupled:  # then `x` is but a direction, of any length: that of `y`
         group = group._replace(x_norm=jnp.where(group.x_norm > 0, group.y_norm, 0))
-    weights, x = weigh(rule, group)
-    return Plan((weights[..., 0] - 1) * x, weights[..., 1])
+    gram, x = told(group)
+    excess, kept = part_of(rule, gram)
+    return Plan(excess * x, kept)
 
 
-def weigh(rule: rules.Rule, group: Geometry) -> tuple[Array, Array]:
-    """Returns a rule's weights `[..., 2]`, and the length of `x` that it was told."""
+def told(group: Geometry) -> tuple[rules.Entries, Array]:
+    """Returns what a rule is told of two gradients, and the length of `x` in it."""
     largest = jnp.maximum(group.x_norm, group.y_norm)
     by = _scopes.reciprocal(largest)
     x, y = [
         jnp.where(n == 0, 0, jnp.maximum(n * by, _SMALLEST_RATIO))
         for n in (group.x_norm, group.y_norm)
     ]
-    weights = rule(rules.Entries(x * x, x * y * group.cosine, y * y))
-    return weights, x * largest
+    return rules.Entries(x * x, x * y * group.cosine, y * y), x * largest
 
 
 def part_norm(group: Geometry, plan: Plan, uncertain: float = 0.0) -> Array:

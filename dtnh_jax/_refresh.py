@@ -187,9 +187,9 @@ def refreshed_gradient(
 
             def again():
                 # Where that is rare, what a backward pass needs is not kept for it.
-                return both(
-                    linearize(params, *args, **kwargs) if is_due is False else at
-                )
+                if is_due is False:
+                    return both(linearize(params, *args, **kwargs))
+                return both(at)
 
             leaves, state = jax.lax.cond(
                 jnp.all(jnp.array(finite)), lambda: (guess, following), again
@@ -214,5 +214,6 @@ def _weights(
 ) -> Float[Array, "2"]:
     """The weights of the two gradients, or those before where one is not finite."""
     norms = seen.loss_norm, seen.regularizer_norm
-    weights, _ = _plan.weigh(rule, Geometry(*norms, seen.cosine))
+    gram, _ = _plan.told(Geometry(*norms, seen.cosine))
+    weights = rule(gram)
     return jnp.where(jnp.isfinite(norms[0]) & jnp.isfinite(norms[1]), weights, kept)

@@ -9,9 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 from flax.traverse_util import flatten_dict
 from jax import export
+from matplotlib import cbook
 
 from dtnh_jax.finetune.models import (
     LITE0_STAGES,
@@ -247,10 +249,8 @@ def test_features_and_logits_equal_those_of_a_numpy_network(variables, tensors):
 
 def test_it_sees_what_a_photograph_shows(variables):
     # Of Grace Hopper in uniform: the example that ImageNet networks are shown first.
-    cbook = pytest.importorskip("matplotlib.cbook")
-    image_module = pytest.importorskip("PIL.Image")
     with cbook.get_sample_data("grace_hopper.jpg") as file:
-        image = image_module.open(file).convert("RGB").resize((224, 224))
+        image = PIL.Image.open(file).convert("RGB").resize((224, 224))
     images = SOURCE.preprocess(np.asarray(image)[None])
     logits, _ = predict(variables, images)
     assert jnp.argmax(logits) == 652  # military uniform

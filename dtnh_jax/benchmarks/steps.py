@@ -108,6 +108,7 @@ def _of_loss_and_pull(network: Network, state: State, data: Data) -> tuple[Any, 
 
 
 def _of_loss_beside_pull(network: Network, state: State, data: Data) -> tuple[Any, Any]:
+    """The same two gradients as a pair, for what takes one."""
     grads, stats = _of_loss(network, state, data)
     return GradientPair(grads, data.pull.gradient(state.params)), stats
 

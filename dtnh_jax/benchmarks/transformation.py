@@ -19,9 +19,9 @@ GROUP = "transformation"
 _BLOCKS = 12
 _BYTES = 4  # of a number
 TARGET = 1.25  # of the floor, and of growth in proportion
+_COPY, _BY_HAND, _DTNH = "copy", "DTNH by hand", "DTNH"
 # How often memory is read or written once: by a copy; by the inner products of two
 # trees and their sum; and where one of the two is the difference of two more.
-_COPY, _BY_HAND, _DTNH = "copy", "DTNH by hand", "DTNH"
 _PASSES = {_COPY: 2, _BY_HAND: 5, _DTNH: 5, "L2-SP with DTNH": 7}
 
 

@@ -7,6 +7,9 @@ of leading axes, one matrix for each group of parameters. They are called with b
 gradients divided by the length of the longer one, so every rule has to be homogeneous:
 `rule(c * gram) == rule(gram)`.
 
+Those of `projections` are written as what they add to `g`, `w[0] - 1` and `w[1]`, which
+has to be exact where `w[0]` would round to 1; see `_gram.from_part`.
+
 All rules are closed forms without iterations. Where one of the gradients is zero, the
 update is the other one, whatever the rule: a term without a gradient has no say.
 """

@@ -30,6 +30,8 @@ class Entries:
 Gram = Float[Array, "*groups 2 2"] | Entries
 Weights = Float[Array, "*groups 2"]
 Rule = Callable[[Any], Weights]  # of a Gram
+# What a function is known by, but for the types in it.
+_NAMES = ("__module__", "__name__", "__qualname__", "__doc__")
 
 
 class Polar(NamedTuple):
@@ -76,6 +78,36 @@ def polar(gram: Gram) -> Polar:
 def weights(loss: Any, regularizer: Any) -> Weights:
     """Returns the weights of the two gradients as one array."""
     return jnp.stack(jnp.broadcast_arrays(loss, regularizer), axis=-1)
+
+
+def from_part(part: Callable[[Any], tuple[Any, Any]]) -> Rule:
+    """Makes a rule of what it adds to the loss gradient.
+
+    A weight near 1 is known to rounding, and what is beyond 1 is all that is left of a
+    conflict with a regularizer that is much smaller than the loss. So rules of this
+    kind tell it by itself, as `rule.part`; see `part_of`.
+
+    Args:
+      part: maps a Gram matrix to `w[0] - 1` and `w[1]`.
+    """
+
+    def rule(gram: Gram) -> Weights:
+        excess, kept = part(gram)
+        return weights(1 + excess, kept)
+
+    for name in _NAMES:
+        setattr(rule, name, getattr(part, name))
+    rule.part = part  # pyright: ignore[reportFunctionMemberAccess]  (any has them)
+    return rule
+
+
+def part_of(rule: Rule, gram: Gram) -> tuple[Array, Array]:
+    """Returns `w[0] - 1` and `w[1]` of any rule, as exactly as it can tell."""
+    if part := getattr(rule, "part", None):
+        excess, kept, _ = jnp.broadcast_arrays(*part(gram), gram[..., 0, 0])
+        return excess, kept
+    both = rule(gram)
+    return both[..., 0] - 1, both[..., 1]
 
 
 def ratio(numerator: Array, denominator: Array) -> Array:

@@ -1,11 +1,19 @@
-"""Rules that put the loss first: its progress is at least what `g` alone makes."""
+"""Rules that put the loss first: its progress is at least what `g` alone makes.
+
+Each returns the weights of the part that it adds to `g`, of `g` and of `r`.
+"""
+
+from typing import Any
 
 import jax.numpy as jnp
 
-from dtnh_jax.rules._gram import Gram, Weights, ratio, weights
+from dtnh_jax.rules._gram import Gram, from_part, ratio
+
+Part = tuple[Any, Any]
 
 
-def weighted_sum(gram: Gram) -> Weights:
+@from_part
+def weighted_sum(gram: Gram) -> Part:
     """No resolution: `g + r`, the gradient of the regularized loss.
 
     The one rule of this file that promises the loss nothing.
@@ -14,11 +22,11 @@ def weighted_sum(gram: Gram) -> Weights:
       >>> print(weighted_sum(jnp.array([[1.0, -2.0], [-2.0, 9.0]])))
       [1. 1.]
     """
-    one = jnp.ones_like(gram[..., 0, 0])
-    return weights(one, one)
+    return 0, jnp.ones_like(gram[..., 0, 0])
 
 
-def dtnh(gram: Gram) -> Weights:
+@from_part
+def dtnh(gram: Gram) -> Part:
     """Projects the regularizer away from the loss where they conflict.
 
     The update is `g + r - min(0, <g, r>) / ||g||^2 * g`: the point nearest to `g + r`
@@ -36,10 +44,11 @@ def dtnh(gram: Gram) -> Weights:
     has been multiplied by it, which comes to the same.
     """
     conflict = jnp.minimum(0, gram[..., 0, 1])
-    return weights(1 - ratio(conflict, gram[..., 0, 0]), 1)
+    return -ratio(conflict, gram[..., 0, 0]), 1
 
 
-def gate(gram: Gram) -> Weights:
+@from_part
+def gate(gram: Gram) -> Part:
     """Drops the regularizer where it conflicts with the loss.
 
     The update is `g + r` where `<g, r> >= 0` and `g` elsewhere, so it makes at least
@@ -59,10 +68,11 @@ def gate(gram: Gram) -> Weights:
     projected back after the step instead of being added to the gradient.
     """
     is_kept = gram[..., 0, 1] >= 0
-    return weights(1, is_kept.astype(gram[..., 0, 0].dtype))
+    return 0, is_kept.astype(gram[..., 0, 0].dtype)
 
 
-def orthogonal(gram: Gram) -> Weights:
+@from_part
+def orthogonal(gram: Gram) -> Part:
     """Keeps only what the regularizer has at right angles to the loss.
 
     The update is `g + r - <g, r> / ||g||^2 * g`, whose progress is exactly that of `g`
@@ -79,10 +89,11 @@ def orthogonal(gram: Gram) -> Weights:
     in that nothing is added to `||g||^2`. The average is the option `reference_decay`
     of the transformations.
     """
-    return weights(1 - ratio(gram[..., 0, 1], gram[..., 0, 0]), 1)
+    return -ratio(gram[..., 0, 1], gram[..., 0, 0]), 1
 
 
-def dynamic_barrier(gram: Gram) -> Weights:
+@from_part
+def dynamic_barrier(gram: Gram) -> Part:
     """Follows the regularizer, and the loss only as far as its progress demands.
 
     The update is `max(0, 1 - <g, r> / ||g||^2) * g + r`: the point nearest to `r` that
@@ -101,4 +112,4 @@ def dynamic_barrier(gram: Gram) -> Weights:
     the code of the second reference.
     """
     along = ratio(gram[..., 0, 1], gram[..., 0, 0])
-    return weights(jnp.maximum(0, 1 - along), 1)
+    return jnp.maximum(-1, -along), 1
