@@ -7,7 +7,6 @@ from dtnh_jax.regularizers.categories import (
 from dtnh_jax.regularizers.channels import attention_from_losses, channel_attention
 from dtnh_jax.regularizers.features import attention_transfer, delta, feature_map
 from dtnh_jax.regularizers.fisher import diagonal_fisher
-from dtnh_jax.regularizers.lora import lora_decay
 from dtnh_jax.regularizers.outputs import co_tuning, logit_distillation, lwf
 from dtnh_jax.regularizers.relations import cka, relational
 from dtnh_jax.regularizers.spectrum import batch_spectral_shrinkage
@@ -18,6 +17,7 @@ from dtnh_jax.regularizers.weights import (
     l2,
     l2_sp,
     l2_sp_fisher,
+    lora_decay,
 )
 
 __all__ = [

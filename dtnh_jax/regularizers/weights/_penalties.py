@@ -1,43 +1,18 @@
-"""Regularizers of the weights, whose gradients need no backward pass."""
+"""Weights that are pulled to zero, or back to the pretrained ones."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from dtnh_jax import _trees
-from dtnh_jax.regularizers import _pull
-from dtnh_jax.regularizers._anchors import New
-
-
-class WeightRegularizer(NamedTuple):
-    """A function of the parameters alone, with its gradient in closed form.
-
-    Those of this package are pytrees, whose leaves are the arrays that they keep, such
-    as pretrained weights: a compiled function can have them as arguments.
-
-    Attributes:
-      value: maps the parameters to a scalar in float32.
-      gradient: maps the parameters to a tree like them, in their dtypes.
-    """
-
-    value: Callable[[optax.Params], Float[Array, ""]]
-    gradient: Callable[[optax.Params], optax.Updates]
-
-
-def check_weight_regularizer(regularizer: Any) -> None:
-    """Raises TypeError for anything but a `WeightRegularizer`, with the cure."""
-    if not isinstance(regularizer, WeightRegularizer):
-        raise TypeError(
-            "`regularizer` must be a WeightRegularizer such as "
-            "`regularizers.l2_sp(params)`, or a dict of them, got "
-            f"{type(regularizer).__name__}. A function `f` of the parameters becomes "
-            "one as `WeightRegularizer(f, jax.grad(f))`."
-        )
+from dtnh_jax.regularizers.weights import _anchors, _pull
+from dtnh_jax.regularizers.weights._anchors import New
+from dtnh_jax.regularizers.weights._interface import WeightRegularizer
 
 
 def l2() -> WeightRegularizer:
@@ -54,8 +29,12 @@ def l2() -> WeightRegularizer:
 
 
 def _l2_value(params: optax.Params) -> Float[Array, ""]:
-    leaves = [x for x in jax.tree.leaves(params) if _trees.is_trainable(x)]
-    return _pull.total([_pull.half_square(_trees.as_float32(x)) for x in leaves])
+    total = jnp.zeros([], jnp.float32)
+    for leaf in jax.tree.leaves(params):
+        if _trees.is_trainable(leaf):
+            part = _pull.half_square(_trees.as_float32(leaf))
+            total += part.astype(jnp.float32)
+    return total
 
 
 def _l2_gradient(params: optax.Params) -> optax.Updates:
@@ -63,7 +42,7 @@ def _l2_gradient(params: optax.Params) -> optax.Updates:
 
 
 def l2_sp(
-    source_params: optax.Params,
+    source_params: optax.Params | None = None,
     *,
     new: New | None = None,
     new_strength: float = 1.0,
@@ -132,21 +111,12 @@ def l2_sp(
     References:
       Li et al., 2018, equations 3 and 4, https://arxiv.org/abs/1802.01483
     """
-    value, gradient = _pull.pull(
-        source_params,
-        None,
-        penalty=_pull.half_square,
-        slope=lambda displacement, weight: displacement,
-        new=new,
-        new_strength=new_strength,
-        dtype=dtype,
-        memory_kind=memory_kind,
-    )
-    return WeightRegularizer(value, gradient)
+    keeping = _anchors.Keeping.checked(new, dtype, memory_kind)
+    return _pull_back("l2", source_params, None, new_strength, keeping)
 
 
 def l1_sp(
-    source_params: optax.Params,
+    source_params: optax.Params | None = None,
     *,
     new: New | None = None,
     new_strength: float = 1.0,
@@ -192,28 +162,13 @@ def l1_sp(
     Differs from the authors' code, which leaves out biases and the parameters of
     normalization.
     """
-    value, gradient = _pull.pull(
-        source_params,
-        None,
-        penalty=lambda displacement, weight: _sum_of_moduli(displacement),
-        slope=lambda displacement, weight: jnp.sign(displacement),
-        new=new,
-        new_strength=new_strength,
-        dtype=dtype,
-        memory_kind=memory_kind,
-    )
-    return WeightRegularizer(value, gradient)
-
-
-def _sum_of_moduli(x: Array) -> Array:
-    """Sums `|x|`, with derivative 0 at 0: that of `jnp.abs` is 1 there."""
-    direction = jax.lax.stop_gradient(jnp.conj(jnp.sign(x)))
-    return jnp.sum(jnp.real(direction * x))
+    keeping = _anchors.Keeping.checked(new, dtype, memory_kind)
+    return _pull_back("l1", source_params, None, new_strength, keeping)
 
 
 def l2_sp_fisher(
-    source_params: optax.Params,
-    fisher: optax.Params,
+    source_params: optax.Params | None = None,
+    fisher: optax.Params | None = None,
     *,
     new: New | None = None,
     new_strength: float = 1.0,
@@ -261,14 +216,67 @@ def l2_sp_fisher(
     Differs from the authors' code, which leaves out biases and the parameters of
     normalization, and can add a constant to `F` or clip it: do so to the tree.
     """
-    value, gradient = _pull.pull(
-        source_params,
-        fisher,
-        penalty=_pull.half_square,
-        slope=lambda displacement, weight: weight * displacement,
-        new=new,
-        new_strength=new_strength,
-        dtype=dtype,
-        memory_kind=memory_kind,
+    keeping = _anchors.Keeping.checked(new, dtype, memory_kind)
+    return _pull_back("l2", source_params, fisher, new_strength, keeping)
+
+
+def _pull_back(
+    norm: Literal["l1", "l2"],
+    source_params: optax.Params | None,
+    fisher: optax.Params | None,
+    new_strength: float,
+    keeping: _anchors.Keeping,
+) -> WeightRegularizer:
+    """Keeps copies of the trees, without a source that of the Fisher alone."""
+    if not new_strength >= 0:
+        raise ValueError(f"`new_strength` must be at least 0, got {new_strength}.")
+    pull = _pull.Pull(norm, float(new_strength))
+    if source_params is None:
+        if fisher is not None:
+            is_new = _anchors.new_leaves(fisher, keeping.new, "fisher")
+            _check_fisher(fisher, is_new)
+            fisher = _anchors.copies(fisher, is_new, keeping)
+        return WeightRegularizer(
+            Partial(_pull.anchored_value, pull, fisher),
+            Partial(_pull.anchored_gradient, pull, fisher),
+            Partial(_anchors.anchor, keeping),
+        )
+    is_new = _anchors.new_leaves(source_params, keeping.new)
+    if fisher is not None:
+        leaves = _anchors.aligned(fisher, source_params, "fisher", "source_params")
+        treedef = _trees.flatten(source_params)[1]
+        fisher = jax.tree.unflatten(treedef, leaves)
+        _check_fisher(fisher, is_new)
+        fisher = _anchors.copies(fisher, is_new, keeping)
+    source = _anchors.copies(source_params, is_new, keeping)
+    # As arguments of `Partial`, the copies are leaves of the regularizer.
+    return WeightRegularizer(
+        Partial(_pull.value, pull, fisher, source),
+        Partial(_pull.gradient, pull, fisher, source),
     )
-    return WeightRegularizer(value, gradient)
+
+
+def _check_fisher(fisher: optax.Params, is_new: list[bool]) -> None:
+    """Raises what `l2_sp_fisher` documents, unless values are traced."""
+    paths, (leaves, _) = _anchors.paths(fisher), _trees.flatten(fisher)
+    for path, leaf, skip in zip(paths, leaves, is_new):
+        if skip:
+            continue
+        if _trees.is_missing(leaf):
+            raise ValueError(
+                "`fisher` must have an array wherever a leaf is not new, got "
+                f"{leaf} at '{path}'."
+            )
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
+            raise ValueError(
+                f"`fisher` must be real, got {jnp.result_type(leaf)} at '{path}'."
+            )
+        if isinstance(leaf, Tracer):
+            continue
+        with jax.ensure_compile_time_eval():
+            is_fine = jnp.all(jnp.isfinite(leaf) & (jnp.asarray(leaf) >= 0))
+        if not is_fine:
+            raise ValueError(
+                "`fisher` must be finite and at least 0, got entries that are not at "
+                f"'{path}'."
+            )

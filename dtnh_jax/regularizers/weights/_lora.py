@@ -10,7 +10,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from dtnh_jax import _trees
-from dtnh_jax.regularizers.weights import WeightRegularizer
+from dtnh_jax.regularizers.weights._interface import WeightRegularizer
 
 
 def lora_decay(

@@ -1,0 +1,218 @@
+"""Copies of pretrained parameters: which leaves have one, and where it is kept."""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.core import Tracer
+from jaxtyping import Array
+
+from dtnh_jax import _trees
+
+# Prefixes of paths such as `head`, or a function that tells from a path.
+New = Sequence[str] | Callable[[str], bool]
+
+# The memories that have a name inside of compiled functions.
+_SPACES = {
+    "device": jax.memory.Space.Device,
+    "pinned_host": jax.memory.Space.Host,
+}
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Keeping:
+    """Which parameters to copy, and where to: constants of a compiled program."""
+
+    new: tuple[str, ...] | Callable[[str], bool] | None
+    dtype: Any
+    memory_kind: str | None
+
+    @classmethod
+    def checked(cls, new: New | None, dtype: Any, memory_kind: str | None) -> "Keeping":
+        """Raises what `l2_sp` documents, as far as it can be told without a tree."""
+        if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"`dtype` must be a floating type such as jnp.bfloat16, got {dtype!r}."
+            )
+        dtype = None if dtype is None else jnp.dtype(dtype)
+        return cls(_checked_new(new), dtype, memory_kind)
+
+
+def anchor(keeping: Keeping, params: optax.Params) -> optax.Params:
+    """Copies the floating leaves that are not new, for an optimizer's state.
+
+    Raises:
+      ValueError: if leaves are shapes without values, or as `copies` does.
+    """
+    for path, leaf in zip(paths(params), _trees.flatten(params)[0]):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise ValueError(
+                "`params` must have values for a self-anchored regularizer to copy, "
+                f"got the shape {leaf.shape} alone at '{path}': call `tx.init` with "
+                "arrays, or `jax.eval_shape(tx.init, params)` for shapes."
+            )
+    is_fixed = [not _trees.is_trainable(leaf) for leaf in _trees.flatten(params)[0]]
+    is_new = new_leaves(params, keeping.new, "params")
+    left_out = [a or b for a, b in zip(is_fixed, is_new)]
+    return copies(params, left_out, keeping)
+
+
+def copies(tree: optax.Params, left_out: list[bool], keeping: Keeping) -> optax.Params:
+    """Returns a tree of copies, with `optax.MaskedNode()` for leaves left out."""
+    leaves, treedef = _trees.flatten(tree)
+    kept = [
+        optax.MaskedNode() if skip else _copy(leaf, keeping.dtype, keeping.memory_kind)
+        for leaf, skip in zip(leaves, left_out)
+    ]
+    return jax.tree.unflatten(treedef, kept)
+
+
+def aligned(
+    tree: optax.Params, params: optax.Params, name: str, like: str = "params"
+) -> list[Any]:
+    """Returns the leaves of `tree` in the order of those of `params`.
+
+    NNX variables and their values alone are the same tree here, as are linen's boxes.
+
+    Raises:
+      ValueError: if the trees differ, with the path of the first leaf that does.
+    """
+    if _trees.flatten(tree)[1] == _trees.flatten(params)[1]:
+        return _trees.align(tree, params, name, like)
+    by_path, wanted = (
+        dict(zip(paths(x), _trees.flatten(x)[0])) for x in (tree, params)
+    )
+    leaves = _trees.align(by_path, wanted, name, like)
+    at = dict(zip(_trees.names(wanted), leaves))  # which JAX sorts
+    return [at[path] for path in wanted]
+
+
+def paths(tree: optax.Params) -> list[str]:
+    """Returns the path of each leaf, without the `value` of NNX variables and boxes."""
+    flat, _ = jax.tree.flatten_with_path(tree, is_leaf=_trees.is_missing)
+    return [_trees.path_name(_without_value(path)) for path, _ in flat]
+
+
+def _without_value(path: tuple[Any, ...]) -> tuple[Any, ...]:
+    boxed = bool(path) and path[-1] == jax.tree_util.GetAttrKey("value")
+    return path[:-1] if boxed else path
+
+
+def new_leaves(
+    tree: optax.Params, new: New | None, name: str = "source_params"
+) -> list[bool]:
+    """Tells of each leaf whether it is new: missing in the tree, or picked by `new`.
+
+    Raises:
+      ValueError: if `new`, or one of its prefixes, picks out no leaf.
+    """
+    missing = [_trees.is_missing(leaf) for leaf in _trees.flatten(tree)[0]]
+    at = paths(tree)
+    if new is None or not at:  # without a leaf: Optax's `tree.map_params` asks so
+        return missing
+    if callable(new):
+        picked = [bool(new(path)) for path in at]
+        if not any(picked):
+            raise ValueError(
+                f"`new` must pick out a leaf, got none among {', '.join(at[:8])} ..."
+            )
+    else:
+        prefixes = [prefix.rstrip("/") for prefix in new]
+        for prefix in prefixes:
+            if not any(_is_under(path, prefix) for path in at):
+                raise ValueError(
+                    f"`new` must hold prefixes of the paths of `{name}`, got "
+                    f"{prefix!r}, where there is nothing. {_near(prefix, at)}"
+                )
+        picked = [any(_is_under(path, prefix) for prefix in prefixes) for path in at]
+    return [a or b for a, b in zip(missing, picked)]
+
+
+def _checked_new(new: New | None) -> tuple[str, ...] | Callable[[str], bool] | None:
+    """Raises TypeError for a string, which would be taken for its letters."""
+    if new is None or callable(new):
+        return new
+    if isinstance(new, str):
+        raise TypeError(
+            "`new` must be a sequence of prefixes of paths, or a function of a path, "
+            f"got the string {new!r}: write new=[{new!r}]."
+        )
+    for prefix in new:
+        if not isinstance(prefix, str):
+            raise TypeError(
+                f"`new` must hold prefixes of paths such as 'head', got {prefix!r}."
+            )
+    return tuple(new)
+
+
+def _is_under(path: str, prefix: str) -> bool:
+    """Whether a path is at a prefix or below it; `header` is not below `head`."""
+    return path == prefix or path.startswith(f"{prefix}/")
+
+
+def _near(prefix: str, at: list[str]) -> str:
+    parts = [path.split("/") for path in at]
+    known = {"/".join(p[:n]): None for p in parts for n in range(1, len(p) + 1)}
+    near = difflib.get_close_matches(prefix, known, n=5, cutoff=0.4)
+    listed = ", ".join(repr(path) for path in near or at[:8])
+    return f"{'Near it' if near else 'There'} are {listed}."
+
+
+def _copy(leaf: Any, dtype: Any, memory_kind: str | None) -> Array:
+    """Copies an array, with the sharding that it has, to where it is to be kept.
+
+    Raises:
+      ValueError: if its device has no memory of that kind, or if the array is traced
+        and JAX has no name for the memory.
+    """
+    if isinstance(leaf, Tracer):
+        # A copy, so that the output of a compiled function is not its input again.
+        kept = jnp.array(to_device(leaf), copy=True)
+        kept = kept if dtype is None else _at_most(kept, dtype)
+        if memory_kind is None:
+            return kept
+        if memory_kind not in _SPACES:
+            raise ValueError(
+                f"`memory_kind` must be one of {sorted(_SPACES)} inside of a compiled "
+                f"function, got {memory_kind!r}."
+            )
+        return jax.device_put(kept, _SPACES[memory_kind])
+    kept = jnp.array(leaf)
+    if dtype is not None:
+        kept = _at_most(kept, dtype)
+    if memory_kind is None:
+        return kept
+    device = min(kept.sharding.addressable_devices, key=lambda device: device.id)
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if memory_kind not in kinds:
+        raise ValueError(
+            f"`memory_kind` must be one that the device has, {kinds}, got "
+            f"{memory_kind!r}."
+        )
+    return jax.device_put(kept, kept.sharding.with_memory_kind(memory_kind))
+
+
+def _at_most(x: Array, dtype: Any) -> Array:
+    """Casts what is floating and larger; complex numbers and integers stay."""
+    is_larger = x.dtype.itemsize > jnp.dtype(dtype).itemsize
+    is_real = jnp.issubdtype(x.dtype, jnp.floating)
+    return x.astype(dtype) if is_real and is_larger else x
+
+
+def to_device(x: Array) -> Array:
+    """Copies an array from host memory to the device's, in its sharding."""
+    is_traced = isinstance(x, Tracer)
+    if is_traced:
+        is_elsewhere = jax.typeof(x).memory_space == jax.memory.Space.Host
+    else:
+        is_elsewhere = x.sharding.memory_kind not in (None, _default_kind(x))
+    return jax.device_put(x, jax.memory.Space.Device) if is_elsewhere else x
+
+
+def _default_kind(x: Array) -> str:
+    return next(iter(x.sharding.addressable_devices)).default_memory().kind
