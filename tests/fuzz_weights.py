@@ -13,7 +13,7 @@ import tracemalloc
 import numpy as np
 from test_weights import SMALL, checkpoint, state, storage, tensor
 
-from dtnh_jax.finetune.weights import WeightsError, read_torch_checkpoint
+from dtnh_jax.finetune.weights.torch_files import WeightsError, read_torch_checkpoint
 
 # What a pickle would have to do to run something, as Python's audit hooks call it.
 FORBIDDEN = (

@@ -5,7 +5,7 @@ import io
 from PIL import Image
 
 from dtnh_jax.finetune.config import Config, identity
-from dtnh_jax.finetune.folder import write_json
+from dtnh_jax.finetune.runs.folder import write_json
 
 
 def picture(colour):

@@ -12,7 +12,8 @@ import pytest
 import tiny_network
 
 from dtnh_jax import regularizers
-from dtnh_jax.benchmarks import (
+from dtnh_jax.finetune.weights.sources import SOURCES
+from dtnh_jax.studies.benchmarks import (
     contests,
     networks,
     peers,
@@ -22,8 +23,7 @@ from dtnh_jax.benchmarks import (
     timing,
     transformation,
 )
-from dtnh_jax.benchmarks.__main__ import main
-from dtnh_jax.finetune.sources import SOURCES
+from dtnh_jax.studies.benchmarks.command import run as main
 
 
 @pytest.fixture(scope="module")

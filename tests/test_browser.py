@@ -12,7 +12,7 @@ import pytest
 from report_runs import write_runs
 
 from dtnh_jax import plots
-from dtnh_jax.finetune.html_report import page, read_run
+from dtnh_jax.finetune.reports.html_report import page, read_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")

@@ -16,13 +16,17 @@ import pytest
 import safetensors.numpy
 import torch_resnet
 
-from dtnh_jax.finetune import resnet
-from dtnh_jax.finetune.checkpoint_sources import ARCHITECTURES, source_of_function
-from dtnh_jax.finetune.config import Config, check
-from dtnh_jax.finetune.sources import initial_variables, load_source
-from dtnh_jax.finetune.tensor_files import read_tensors
-from dtnh_jax.finetune.tensor_names import named_variables
-from dtnh_jax.finetune.weights import WeightsError
+from dtnh_jax.finetune.config import Config
+from dtnh_jax.finetune.models import resnet
+from dtnh_jax.finetune.runs.checks import check
+from dtnh_jax.finetune.weights.checkpoint_sources import (
+    ARCHITECTURES,
+    source_of_function,
+)
+from dtnh_jax.finetune.weights.sources import initial_variables, load_source
+from dtnh_jax.finetune.weights.tensor_files import read_tensors
+from dtnh_jax.finetune.weights.tensor_names import named_variables
+from dtnh_jax.finetune.weights.torch_files import WeightsError
 
 # Of a ResNet with one block a stage, which is a tenth of the smallest that is known.
 SHORT = resnet.Depth((1, 1, 1, 1), is_bottleneck=False)
@@ -204,7 +208,7 @@ def write_module(tmp_path, monkeypatch, body):
 
 OWN = """
 import flax.linen as nn, jax, jax.numpy as jnp
-from dtnh_jax.finetune.sources import Source
+from dtnh_jax.finetune.weights.sources import Source
 
 class Net(nn.Module):
     num_classes: int
@@ -246,7 +250,10 @@ WRONG = {
     'sow("intermediates"': ('sow("x"', "must sow what its head sees"),
     'name="head"': ('name="top"', "must have a dense submodule `head`"),
     "nn.relu(nn": ("nn.rulu(nn", "does not run: "),
-    "return Source(": ("return print(", "must return a `dtnh_jax.finetune.sources.S"),
+    "return Source(": (
+        "return print(",
+        "must return a `dtnh_jax.finetune.weights.sources.S",
+    ),
     "def source": ("def sauce", "can not be imported: "),
 }
 

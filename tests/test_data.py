@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtnh_jax.finetune import data, targets
+from dtnh_jax.finetune.data import loading, targets
 
 
-def numbered(n: int, side: int = 2) -> data.Examples:
+def numbered(n: int, side: int = 2) -> loading.Examples:
     """Returns examples whose label is their index, and no two pixels alike."""
     pixels = np.arange(n * side * side * 3) % 251
     images = pixels.astype(np.uint8).reshape(n, side, side, 3)
-    return data.Examples(images, np.arange(n, dtype=np.int32))
+    return loading.Examples(images, np.arange(n, dtype=np.int32))
 
 
 def in_memory(images: list[np.ndarray]) -> targets.Target:
@@ -56,7 +56,7 @@ def split_problems(draw):
 @given(split_problems(), st.integers(0, 2**40))
 def test_splits_are_disjoint_and_stratified(problem, seed):
     labels, numbers = problem
-    splits = data.split(labels, seed=seed, **numbers)
+    splits = loading.split(labels, seed=seed, **numbers)
     indices = np.concatenate(splits)
     assert len(np.unique(indices)) == len(indices)
     assert all((np.diff(part) > 0).all() for part in splits)
@@ -72,9 +72,9 @@ def test_splits_are_disjoint_and_stratified(problem, seed):
 def test_the_test_set_is_one_for_every_training_size(problem, seed, smaller):
     labels, numbers = problem
     numbers["test_per_class"] = numbers["test_per_class"] or 1
-    large = data.split(labels, seed=seed, **numbers)
+    large = loading.split(labels, seed=seed, **numbers)
     smaller = min(smaller, numbers["train_per_class"])
-    small = data.split(labels, seed=seed, **{**numbers, "train_per_class": smaller})
+    small = loading.split(labels, seed=seed, **{**numbers, "train_per_class": smaller})
     np.testing.assert_array_equal(small.test, large.test)
     np.testing.assert_array_equal(small.validation, large.validation)
     assert set(small.train) <= set(large.train)
@@ -84,7 +84,7 @@ def test_a_split_is_a_function_of_its_seed():
     labels = np.repeat([0, 1], 50)
 
     def test_set(seed):
-        return data.split(
+        return loading.split(
             labels,
             seed=seed,
             train_per_class=5,
@@ -98,14 +98,14 @@ def test_a_split_is_a_function_of_its_seed():
 
 def test_a_split_never_changes():
     labels = np.arange(24) % 2
-    splits = data.split(labels, seed=7, train_per_class=3, validation_per_class=2)
+    splits = loading.split(labels, seed=7, train_per_class=3, validation_per_class=2)
     # Golden: published figures depend on it. Not to be updated.
     assert splits.train.tolist() == [5, 7, 8, 20, 21, 22]
     assert splits.validation.tolist() == [3, 6, 12, 23]
 
 
 def test_classes_are_drawn_apart():
-    splits = data.split(
+    splits = loading.split(
         np.repeat([0, 1], 50), seed=0, train_per_class=10, validation_per_class=0
     )
     first, second = splits.train.reshape(2, 10)
@@ -132,7 +132,7 @@ SPLIT = {"seed": 0, "train_per_class": 2, "validation_per_class": 1}
 def test_a_split_that_cannot_be_says_why(changes, message):
     arguments = {"labels": np.array([0] * 9 + [1] * 4), **SPLIT, **changes}
     with pytest.raises(ValueError, match=message):
-        data.split(**arguments)
+        loading.split(**arguments)
 
 
 # Examples in memory
@@ -142,7 +142,7 @@ def test_materialize_resizes_and_repeats_grey():
     grey = np.tile(np.arange(0, 256, 2, dtype=np.uint8)[:, None, None], (1, 64, 1))
     red = np.zeros((50, 20, 3), np.uint8)
     red[..., 0] = 200
-    examples = data.materialize(in_memory([grey, red]), np.array([1, 0, 1]), 16)
+    examples = loading.materialize(in_memory([grey, red]), np.array([1, 0, 1]), 16)
     assert examples.images.shape == (3, 16, 16, 3)
     assert examples.images.dtype == np.uint8
     assert examples.labels.dtype == np.int32
@@ -157,18 +157,18 @@ def test_materialize_resizes_and_repeats_grey():
 
 def test_resizing_does_not_alias():
     checkers = np.indices((64, 64)).sum(0).astype(np.uint8) % 2 * 255
-    examples = data.materialize(in_memory([checkers[..., None]]), np.array([0]), 8)
+    examples = loading.materialize(in_memory([checkers[..., None]]), np.array([0]), 8)
     assert np.abs(examples.images.astype(int) - 127).max() < 8
 
 
 def test_materialize_changes_nothing_at_the_same_size():
     images = numbered(3, side=5).images
-    examples = data.materialize(in_memory(list(images)), np.arange(3), 5)
+    examples = loading.materialize(in_memory(list(images)), np.arange(3), 5)
     np.testing.assert_array_equal(examples.images, images)
 
 
 def test_materialize_of_nothing_is_empty():
-    examples = data.materialize(in_memory([]), np.array([], int), 8)
+    examples = loading.materialize(in_memory([]), np.array([], int), 8)
     assert len(examples) == 0
     assert examples.images.shape == (0, 8, 8, 3)
 
@@ -185,7 +185,7 @@ def test_materialize_of_nothing_is_empty():
 def test_materialize_names_what_is_wrong(indices, image_size, message):
     target = in_memory([np.zeros((4, 4, c), np.uint8) for c in (1, 2)])
     with pytest.raises(ValueError, match=message):
-        data.materialize(target, np.array(indices), image_size)
+        loading.materialize(target, np.array(indices), image_size)
 
 
 # Batches to train on
@@ -204,7 +204,7 @@ def labels_of(batches, steps):
 
 @pytest.mark.parametrize(("n", "batch_size"), [(12, 4), (10, 4), (3, 8), (1, 2)])
 def test_every_example_is_seen_once_an_epoch(n, batch_size):
-    batches = data.training_batches(data.views(numbered(n)), batch_size, seed=0)
+    batches = loading.training_batches(loading.views(numbered(n)), batch_size, seed=0)
     seen = labels_of(batches, range(3 * n))
     epochs = [seen[start : start + n] for start in range(0, len(seen), n)]
     assert len(epochs) == 3 * batch_size
@@ -212,7 +212,7 @@ def test_every_example_is_seen_once_an_epoch(n, batch_size):
 
 
 def test_each_epoch_has_an_order_of_its_own():
-    batches = data.training_batches(data.views(numbered(50)), 50, seed=0)
+    batches = loading.training_batches(loading.views(numbered(50)), 50, seed=0)
     orders = {tuple(at(batches, epoch)["label"]) for epoch in range(10)}
     assert len(orders) == 10
 
@@ -220,7 +220,7 @@ def test_each_epoch_has_an_order_of_its_own():
 def test_neighbouring_seeds_share_no_epoch():
     orders = {
         tuple(
-            at(data.training_batches(data.views(numbered(50)), 50, seed), epoch)[
+            at(loading.training_batches(loading.views(numbered(50)), 50, seed), epoch)[
                 "label"
             ]
         )
@@ -230,7 +230,9 @@ def test_neighbouring_seeds_share_no_epoch():
 
 
 def test_the_shape_of_a_batch():
-    batch = at(data.training_batches(data.views(numbered(7, side=4)), 3, seed=0), 5)
+    batch = at(
+        loading.training_batches(loading.views(numbered(7, side=4)), 3, seed=0), 5
+    )
     assert set(batch) == {"image", "label"}
     assert batch["image"].shape == (3, 4, 4, 3)
     assert batch["image"].dtype == np.uint8
@@ -239,8 +241,8 @@ def test_the_shape_of_a_batch():
 
 
 def test_any_step_can_be_resumed_at():
-    batches = data.training_batches(data.views(numbered(10)), 4, seed=3)
-    resumed = data.training_batches(data.views(numbered(10)), 4, seed=3)
+    batches = loading.training_batches(loading.views(numbered(10)), 4, seed=3)
+    resumed = loading.training_batches(loading.views(numbered(10)), 4, seed=3)
     iterated = list(itertools.islice(iter(batches), 20))
     prefetched = list(itertools.islice(iter(batches.to_iter_dataset()), 20))
     for step in (19, 0, 7, 8):  # in no order
@@ -251,7 +253,7 @@ def test_any_step_can_be_resumed_at():
 
 def test_the_seed_decides_order_and_flips():
     one, other = (
-        at(data.training_batches(data.views(numbered(64)), 64, seed), 0)
+        at(loading.training_batches(loading.views(numbered(64)), 64, seed), 0)
         for seed in (0, 1)
     )
     assert (one["label"] != other["label"]).any()
@@ -260,7 +262,7 @@ def test_the_seed_decides_order_and_flips():
 
 
 def fingerprint():
-    batch = at(data.training_batches(data.views(numbered(10)), 4, seed=5), 123)
+    batch = at(loading.training_batches(loading.views(numbered(10)), 4, seed=5), 123)
     return f"{zlib.crc32(batch['image'].tobytes())} {batch['label'].tolist()}"
 
 
@@ -279,11 +281,11 @@ def test_another_process_draws_the_same():
 
 def test_elpv_from_the_photographs_to_a_batch(tmp_path):
     elpv = targets.load_target("elpv", data_dir=tmp_path)
-    splits = data.split(
+    splits = loading.split(
         elpv.labels, seed=0, train_per_class=8, validation_per_class=4, test_per_class=4
     )
-    examples = data.materialize(elpv, splits.train, 32)
-    batch = at(data.training_batches(data.views(examples), 8, seed=0), 0)
+    examples = loading.materialize(elpv, splits.train, 32)
+    batch = at(loading.training_batches(loading.views(examples), 8, seed=0), 0)
     assert batch["image"].shape == (8, 32, 32, 3)
     assert batch["image"].std() > 10  # photographs, not blanks
     assert set(batch["label"]) == {0, 1}
@@ -311,7 +313,7 @@ def image_flips(examples, batch):
 def test_images_are_flipped_and_nothing_else():
     examples = numbered(64)
     before = examples.images.copy()
-    batches = data.training_batches(data.views(examples), 64, seed=0)
+    batches = loading.training_batches(loading.views(examples), 64, seed=0)
     epochs = [image_flips(examples, at(batches, epoch)) for epoch in range(10)]
     counts = collections.Counter(flip for flips in epochs for flip in flips.values())
     # 640 draws of probability 1/4 have a standard deviation of 11.
@@ -331,7 +333,7 @@ def test_images_are_flipped_and_nothing_else():
 )
 def test_training_batches_name_what_is_wrong(n, batch_size, seed, message):
     with pytest.raises(ValueError, match=message):
-        data.training_batches(data.views(numbered(n)), batch_size, seed)
+        loading.training_batches(loading.views(numbered(n)), batch_size, seed)
 
 
 # Batches to evaluate on
@@ -340,7 +342,7 @@ def test_training_batches_name_what_is_wrong(n, batch_size, seed, message):
 @pytest.mark.parametrize(("n", "batch_size"), [(8, 4), (10, 4), (3, 8), (0, 4)])
 def test_evaluation_sees_each_example_once_in_order(n, batch_size):
     examples = numbered(n)
-    batches = data.evaluation_batches(examples, batch_size)
+    batches = loading.evaluation_batches(examples, batch_size)
     assert len(batches) == -(-n // batch_size)
     for batch in batches:
         assert batch["image"].shape == (batch_size, 2, 2, 3)
@@ -354,4 +356,4 @@ def test_evaluation_sees_each_example_once_in_order(n, batch_size):
 
 def test_evaluation_batches_name_what_is_wrong():
     with pytest.raises(ValueError, match="`batch_size` must be at least 1, got 0"):
-        data.evaluation_batches(numbered(4), 0)
+        loading.evaluation_batches(numbered(4), 0)

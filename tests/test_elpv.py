@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dtnh_jax.finetune import elpv
+from dtnh_jax.finetune.data import elpv
 
 TABLE = """\
 images/cell0001.png  1.0                 mono

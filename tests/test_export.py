@@ -14,18 +14,20 @@ import safetensors.numpy
 import tiny_network
 from flax.traverse_util import unflatten_dict
 
-from dtnh_jax.finetune import data, network, splitting, targets, trained
-from dtnh_jax.finetune.__main__ import main
-from dtnh_jax.finetune.adapters import RANK
-from dtnh_jax.finetune.checkpoint_sources import ARCHITECTURES
+from dtnh_jax._cli import main
 from dtnh_jax.finetune.config import Config
-from dtnh_jax.finetune.export import model_card
-from dtnh_jax.finetune.lite import STAGES, torch_name
+from dtnh_jax.finetune.data import loading, splitting, targets
+from dtnh_jax.finetune.data.pictures import read_picture
 from dtnh_jax.finetune.methods import METHODS
-from dtnh_jax.finetune.models import EfficientNetLite0
-from dtnh_jax.finetune.pictures import read_picture
-from dtnh_jax.finetune.sources import SOURCES, load_source
-from dtnh_jax.finetune.tensor_names import torch_tensors, variable_shapes
+from dtnh_jax.finetune.models.adapters import RANK
+from dtnh_jax.finetune.models.efficientnet import EfficientNetLite0
+from dtnh_jax.finetune.reports.export import model_card
+from dtnh_jax.finetune.runs import trained
+from dtnh_jax.finetune.training import network
+from dtnh_jax.finetune.weights.checkpoint_sources import ARCHITECTURES
+from dtnh_jax.finetune.weights.lite import STAGES, torch_name
+from dtnh_jax.finetune.weights.sources import SOURCES, load_source
+from dtnh_jax.finetune.weights.tensor_names import torch_tensors, variable_shapes
 
 CLASSES = ["bright", "dark"]  # in the order of names
 
@@ -50,7 +52,7 @@ def run(tmp_path_factory):
     methods = ["--methods", "fine-tuning", "l2_sp+dtnh"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SOURCES, "tiny", tiny_network.TINY)
-        patch.setattr("dtnh_jax.finetune.shell.keep_compiled", lambda _: None)
+        patch.setattr("dtnh_jax.finetune.directories.keep_compiled", lambda _: None)
         assert main([*itertools.chain(*options.items()), *methods]) == 0
         yield root / "run"
 
@@ -77,7 +79,7 @@ def test_the_kept_weights_predict_what_the_run_did(run):
     assert facts.strength == results["strengths"]["l2_sp"] == cell["strength"]
     target = targets.load_target(facts.target)
     wanted = splitting.sizes(target, Config(target=facts.target))
-    test = data.materialize(target, splitting.draw(target, wanted).test, 16)
+    test = loading.materialize(target, splitting.draw(target, wanted).test, 16)
     logits = source.module(2).apply(
         variables, source.preprocess(test.images), train=False
     )

@@ -15,20 +15,15 @@ import numpy as np
 import pytest
 import tiny_network
 
-from dtnh_jax.finetune import (
-    cells,
-    checkpoints,
-    data,
-    loop,
-    meshes,
-    preparation,
-    shell,
-    sources,
-)
-from dtnh_jax.finetune.__main__ import main
+from dtnh_jax._cli import main
+from dtnh_jax.finetune import shell
 from dtnh_jax.finetune.config import Config
+from dtnh_jax.finetune.data import loading
 from dtnh_jax.finetune.methods import METHODS
-from dtnh_jax.finetune.sources import SOURCES
+from dtnh_jax.finetune.runs import cells, checkpoints, preparation
+from dtnh_jax.finetune.training import loop, meshes
+from dtnh_jax.finetune.weights import sources
+from dtnh_jax.finetune.weights.sources import SOURCES
 
 SOURCE = tiny_network.TINY
 ORIGINAL = sources.original_variables(SOURCE)
@@ -132,7 +127,7 @@ def data_dir(tmp_path_factory):
 @pytest.fixture
 def run(monkeypatch, data_dir, capsys):
     """Returns a function of a run folder: exit status, output, errors."""
-    monkeypatch.setattr("dtnh_jax.finetune.shell.keep_compiled", lambda _: None)
+    monkeypatch.setattr("dtnh_jax.finetune.directories.keep_compiled", lambda _: None)
     monkeypatch.setitem(SOURCES, "tiny", SOURCE)
 
     def run(run_dir):
@@ -264,7 +259,7 @@ def test_what_is_never_finite_again_stops_the_run(run, tmp_path, monkeypatch):
 def examples():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (16, 16, 16, 3), np.uint8)
-    return data.Examples(images, np.arange(16, dtype=np.int32) % 2)
+    return loading.Examples(images, np.arange(16, dtype=np.int32) % 2)
 
 
 @functools.cache
@@ -278,7 +273,7 @@ def trainer(regularizer, never_hurts):
 @functools.cache
 def batch(number):
     """A batch of floats, which have room for what is not finite, with its teacher."""
-    found = data.training_batches(data.views(examples()), 8, seed=0)[number]
+    found = loading.training_batches(loading.views(examples()), 8, seed=0)[number]
     see = jax.jit(functools.partial(loop.look, SOURCE))
     return {
         "image": np.float32(found["image"]),

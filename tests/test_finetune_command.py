@@ -13,9 +13,9 @@ import pytest
 import tiny_network
 from kill_and_resume import deterministic
 
-from dtnh_jax.finetune.__main__ import main
+from dtnh_jax._cli import main
 from dtnh_jax.finetune.methods import REGULARIZERS
-from dtnh_jax.finetune.sources import SOURCES
+from dtnh_jax.finetune.weights.sources import SOURCES
 
 TINY = {
     "--source": "tiny",
@@ -100,7 +100,7 @@ def test_an_interrupted_run_goes_on_to_bitwise_the_same_results(data_dir, tmp_pa
 @pytest.fixture
 def nothing_kept(monkeypatch):
     """Leaves jax's configuration as it is: this process runs other tests too."""
-    monkeypatch.setattr("dtnh_jax.finetune.shell.keep_compiled", lambda _: None)
+    monkeypatch.setattr("dtnh_jax.finetune.directories.keep_compiled", lambda _: None)
 
 
 def test_the_real_network_and_photographs(capsys, data_dir, tmp_path, nothing_kept):
@@ -199,7 +199,7 @@ def test_what_can_not_be_read_is_refused(capsys, arguments):
 
 def test_a_folder_of_another_configuration_is_refused(capsys, tmp_path):
     from dtnh_jax.finetune.config import Config
-    from dtnh_jax.finetune.folder import open_folder
+    from dtnh_jax.finetune.runs.folder import open_folder
 
     open_folder(Config(run_dir=tmp_path / "run"), {})
     run_dir = ["--run-dir", str(tmp_path / "run")]

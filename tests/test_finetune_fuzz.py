@@ -10,8 +10,9 @@ import tyro
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dtnh_jax.finetune.config import Config, check, identity
+from dtnh_jax.finetune.config import Config, identity
 from dtnh_jax.finetune.methods import METHODS, REGULARIZERS
+from dtnh_jax.finetune.runs.checks import check
 
 
 def test_damaged_weights_are_read_or_refused(tmp_path):

@@ -12,9 +12,11 @@ import pytest
 import tiny_network
 
 from dtnh_jax import regularizers, teacher_cache
-from dtnh_jax.finetune import data, estimates, loop, sources
 from dtnh_jax.finetune.config import Config
+from dtnh_jax.finetune.data import loading
 from dtnh_jax.finetune.methods import METHODS, REGULARIZERS
+from dtnh_jax.finetune.training import estimates, loop
+from dtnh_jax.finetune.weights import sources
 
 NETWORK = tiny_network.TinyNetwork(2)
 SOURCE = tiny_network.TINY
@@ -29,12 +31,12 @@ def examples():
     images = rng.integers(0, 256, (20, 16, 16, 3), np.uint8)
     labels = np.arange(20, dtype=np.int32) % 2
     images[labels == 1] //= 2  # the class can be seen
-    return data.Examples(images, labels)
+    return loading.Examples(images, labels)
 
 
 @pytest.fixture(scope="module")
 def batches():
-    return data.training_batches(data.views(examples()), 8, seed=0)
+    return loading.training_batches(loading.views(examples()), 8, seed=0)
 
 
 @functools.cache
@@ -253,7 +255,7 @@ def test_predictions_leave_the_padding_out(batches):
     state = trainer(None).init(VARIABLES, METHODS["scratch"], 0.0)
     predict = loop.make_predictor(SOURCE, NETWORK)
     batch, asked = batches[0], known(None)
-    few = data.Examples(batch["image"], batch["label"])
+    few = loading.Examples(batch["image"], batch["label"])
     in_parts = loop.predictions(predict, state, asked, few, batch_size=3)
     assert in_parts == loop.predictions(predict, state, asked, few, batch_size=8)
     assert in_parts == predict(state, asked, batch["image"]).tolist()
@@ -263,12 +265,12 @@ def test_a_cached_teacher_is_as_good_as_one_that_looks(batches, tmp_path):
     see = jax.jit(functools.partial(loop.look, SOURCE, ORIGINAL))
     views = teacher_cache.cache_features(
         tmp_path,
-        data.views(examples()),
+        loading.views(examples()),
         lambda batch: see(batch["image"]),
         teacher=ORIGINAL,
         layers=loop.teacher_layers(SOURCE),
     )
-    cached = data.training_batches(views, 8, seed=0)
+    cached = loading.training_batches(views, 8, seed=0)
     made = new_trainer("feature_map", Config(), 4)
     ours, _ = train("feature_map+dtnh", cached, 0.1, made=made)
     theirs, _ = train("feature_map+dtnh", batches, 0.1)

@@ -11,9 +11,11 @@ import tiny_network
 from jax.sharding import PartitionSpec as P
 
 from dtnh_jax import regularizers
-from dtnh_jax.finetune import data, loop, meshes, network, sources
 from dtnh_jax.finetune.config import Config
+from dtnh_jax.finetune.data import loading
 from dtnh_jax.finetune.methods import METHODS
+from dtnh_jax.finetune.training import loop, meshes, network
+from dtnh_jax.finetune.weights import sources
 
 SOURCE = tiny_network.TINY
 ORIGINAL = sources.original_variables(SOURCE)
@@ -31,11 +33,11 @@ METHODS_TRIED = [
 def examples():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (20, 16, 16, 3), np.uint8)
-    return data.Examples(images, np.arange(20, dtype=np.int32) % 2)
+    return loading.Examples(images, np.arange(20, dtype=np.int32) % 2)
 
 
 def blocks_of(size):
-    return data.training_batches(data.views(examples()), size, seed=0)
+    return loading.training_batches(loading.views(examples()), size, seed=0)
 
 
 @functools.cache

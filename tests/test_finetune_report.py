@@ -8,15 +8,10 @@ import pytest
 from rich.console import Console
 
 from dtnh_jax import plots
-from dtnh_jax.finetune import (
-    config,
-    folder,
-    progress,
-    report,
-    results,
-    statistics,
-)
+from dtnh_jax.finetune import config
 from dtnh_jax.finetune.methods import METHODS
+from dtnh_jax.finetune.reports import report, results
+from dtnh_jax.finetune.runs import folder, progress, statistics
 
 # Statistics
 

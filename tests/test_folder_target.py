@@ -10,13 +10,13 @@ import pytest
 import tiny_network
 from PIL import Image
 
-from dtnh_jax.finetune import data, splitting
-from dtnh_jax.finetune.__main__ import main
-from dtnh_jax.finetune.class_folders import load_folder
+from dtnh_jax._cli import main
 from dtnh_jax.finetune.config import Config, identity
-from dtnh_jax.finetune.pictures import is_readable, read_picture
-from dtnh_jax.finetune.sources import SOURCES
-from dtnh_jax.finetune.target import Splits, Target
+from dtnh_jax.finetune.data import loading, splitting
+from dtnh_jax.finetune.data.class_folders import load_folder
+from dtnh_jax.finetune.data.pictures import is_readable, read_picture
+from dtnh_jax.finetune.data.target import Splits, Target
+from dtnh_jax.finetune.weights.sources import SOURCES
 
 
 def test_a_folder_for_each_class(tmp_path):
@@ -32,7 +32,7 @@ def test_a_folder_for_each_class(tmp_path):
         assert example["label"] == target.labels[index]
         assert (example["image"].mean() > 150) == (example["label"] == 0)
     assert target.examples[3]["image"].shape == (30, 40, 3)  # as in the file
-    in_memory = data.materialize(target, np.arange(7), 8)
+    in_memory = loading.materialize(target, np.arange(7), 8)
     assert in_memory.images.shape == (7, 8, 8, 3)
 
 
@@ -307,7 +307,7 @@ def test_the_default_run_keeps_its_numbers_and_its_name():
 
 def test_thirty_photographs_of_each_of_three_classes(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(SOURCES, "tiny", tiny_network.TINY)
-    monkeypatch.setattr("dtnh_jax.finetune.shell.keep_compiled", lambda _: None)
+    monkeypatch.setattr("dtnh_jax.finetune.directories.keep_compiled", lambda _: None)
     photos, run_dir = tmp_path / "photos", tmp_path / "run"
     pictures.folders(photos, ["cup", "glass", "mug"], each=30)
     (photos / "cup" / "029.png").write_bytes(b"broken")

@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 from report_runs import results, write_runs
 
-from dtnh_jax.finetune import report
-from dtnh_jax.finetune.__main__ import main
-from dtnh_jax.finetune.folder import write_json
-from dtnh_jax.finetune.html_report import page, read_run
+from dtnh_jax._cli import main
+from dtnh_jax.finetune.reports import report
+from dtnh_jax.finetune.reports.html_report import page, read_run
+from dtnh_jax.finetune.runs.folder import write_json
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 

@@ -13,20 +13,19 @@ from rich.console import Console
 from tiny_matrix import TINY
 
 from dtnh_jax import plots
-from dtnh_jax.finetune.__main__ import main
-from dtnh_jax.finetune.interrupt import Interrupted
-from dtnh_jax.matrix import (
+from dtnh_jax._cli import main
+from dtnh_jax.finetune.runs.interrupt import Interrupted
+from dtnh_jax.studies.matrix import (
+    catalogue,
     cells,
     progress,
     records,
     rules,
-    sources,
     study,
     summary,
-    targets,
 )
-from dtnh_jax.matrix.cells import Cell
-from dtnh_jax.matrix.config import Config
+from dtnh_jax.studies.matrix.cells import Cell
+from dtnh_jax.studies.matrix.config import Config
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -193,7 +192,7 @@ def test_another_rule_adds_to_the_same_folder(tiny, finished, tmp_path):
 @pytest.fixture
 def nothing_kept(monkeypatch):
     """Leaves jax's configuration as it is: this process runs other tests too."""
-    monkeypatch.setattr("dtnh_jax.finetune.shell.keep_compiled", lambda _: None)
+    monkeypatch.setattr("dtnh_jax.finetune.directories.keep_compiled", lambda _: None)
 
 
 def test_the_command(capsys, finished, data_dir, tmp_path, nothing_kept):
@@ -223,7 +222,7 @@ def test_the_command(capsys, finished, data_dir, tmp_path, nothing_kept):
 
 
 def test_learning_rates_are_chosen_on_validation_images():
-    rates = rules.LEARNING_RATES["sgd"]
+    rates = catalogue.LEARNING_RATES["sgd"]
     found = {
         cell: {
             "validation": 0.5 + (0.1 if cell.learning_rate in rates[1:3] else 0.0),
@@ -243,7 +242,7 @@ def test_no_source_has_seen_images_of_its_target():
     assert len(pairs) == 15
     assert ("mnist", "mnist-5") not in pairs
     for source, target in pairs:
-        assert sources.SOURCES[source].images != targets.TARGETS[target].images
+        assert catalogue.SOURCES[source].images != catalogue.TARGETS[target].images
 
 
 def test_photographs_are_for_the_large_network_alone():

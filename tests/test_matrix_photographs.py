@@ -13,14 +13,14 @@ import tiny_matrix
 from rich.console import Console
 from tiny_matrix import TINY
 
-from dtnh_jax.finetune.sources import load_source as published
-from dtnh_jax.finetune.sources import original_variables
-from dtnh_jax.matrix import cells, photographs, records, rules, study, training
-from dtnh_jax.matrix.cells import Cell
-from dtnh_jax.matrix.config import Photographs
-from dtnh_jax.matrix.regularizers import REGULARIZERS
+from dtnh_jax.finetune.weights.sources import load_source as published
+from dtnh_jax.finetune.weights.sources import original_variables
+from dtnh_jax.studies.matrix import catalogue, cells, records, rules, study, training
+from dtnh_jax.studies.matrix.cells import Cell
+from dtnh_jax.studies.matrix.config import Photographs
+from dtnh_jax.studies.matrix.regularizers import REGULARIZERS
 
-PUBLISHED = dict(photographs.SOURCES)
+PUBLISHED = dict(catalogue.SOURCES_OF_PHOTOGRAPHS)
 CONFIG = dataclasses.replace(
     TINY,
     sources=("imagenet",),
@@ -131,7 +131,9 @@ def test_too_few_photographs_are_counted(data_dir):
 
 
 def test_the_published_network_fits_the_grid(data_dir, monkeypatch):
-    monkeypatch.setattr(photographs, "SOURCES", PUBLISHED)
+    monkeypatch.setitem(
+        catalogue.SOURCES_OF_PHOTOGRAPHS, "imagenet", PUBLISHED["imagenet"]
+    )
     size = Photographs(1, 2, 32, 2, 1, 1)
     grid = study.prepare(dataclasses.replace(CONFIG, photographs=size), data_dir)
     (line,) = study.accuracies_of_sources(grid)

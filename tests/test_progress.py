@@ -8,9 +8,9 @@ import pytest
 import tiny_network
 from rich.console import Console
 
-from dtnh_jax.finetune import progress
-from dtnh_jax.finetune.__main__ import main
-from dtnh_jax.finetune.sources import SOURCES
+from dtnh_jax._cli import main
+from dtnh_jax.finetune.runs import progress
+from dtnh_jax.finetune.weights.sources import SOURCES
 
 LINE = {
     "step": 7,
@@ -54,7 +54,7 @@ def test_the_command_shows_cosine_and_conflict_as_it_trains(
     monkeypatch, capsys, tmp_path
 ):
     monkeypatch.setitem(SOURCES, "tiny", tiny_network.TINY)
-    monkeypatch.setattr("dtnh_jax.finetune.shell.keep_compiled", lambda _: None)
+    monkeypatch.setattr("dtnh_jax.finetune.directories.keep_compiled", lambda _: None)
     monkeypatch.setenv("FORCE_COLOR", "1")  # what is captured is taken for a terminal
     monkeypatch.setenv("COLUMNS", "80")
     options = {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch_resnet
 
-from dtnh_jax.finetune.resnet import (
+from dtnh_jax.finetune.models.resnet import (
     DEPTHS,
     Depth,
     ResNet,
@@ -16,7 +16,7 @@ from dtnh_jax.finetune.resnet import (
     standardize,
     torch_name,
 )
-from dtnh_jax.finetune.tensor_names import named_variables, variable_shapes
+from dtnh_jax.finetune.weights.tensor_names import named_variables, variable_shapes
 from dtnh_jax.linen import capture_features
 
 # As published: parameters, and entries of a state dictionary.

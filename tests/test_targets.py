@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dtnh_jax.finetune import targets
+from dtnh_jax.finetune.data import targets
 
 EMPTY = targets.Target(
     name="empty",

@@ -5,7 +5,7 @@ import struct
 import pytest
 from tensorboardX.proto import event_pb2
 
-from dtnh_jax.finetune import progress, tensorboard
+from dtnh_jax.finetune.runs import progress, tensorboard
 
 
 class Seen:

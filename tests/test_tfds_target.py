@@ -8,10 +8,10 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from dtnh_jax.finetune import data, splitting
 from dtnh_jax.finetune.config import Config
-from dtnh_jax.finetune.elpv import TargetUnavailableError
-from dtnh_jax.finetune.targets import load_target
+from dtnh_jax.finetune.data import loading, splitting
+from dtnh_jax.finetune.data.elpv import TargetUnavailableError
+from dtnh_jax.finetune.data.targets import load_target
 
 
 class Blocks(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -88,7 +88,7 @@ def test_a_set_prepared_on_the_spot(tmp_path, monkeypatch):
     wanted = splitting.sizes(target, Config(target="tfds:blocks"))
     drawn = splitting.draw(target, wanted)
     assert wanted == (3, 0, 1)
-    images = data.materialize(again, drawn.test, 3).images
+    images = loading.materialize(again, drawn.test, 3).images
     assert images.shape == (2, 3, 3, 3)
     assert sorted(images[:, 0, 0, 0] // 100) == [0, 1]
 

@@ -13,7 +13,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from dtnh_jax.finetune.weights import WeightsError, read_torch_checkpoint
+from dtnh_jax.finetune.weights.torch_files import WeightsError, read_torch_checkpoint
 
 MAGIC = 0x1950A86A20F9469CFC6C
 SYSTEM = {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}
@@ -329,7 +329,7 @@ def test_memory_stays_within_the_size_of_the_file(read, bomb):
 
 
 def test_it_bounds_the_number_of_opcodes(read, monkeypatch):
-    monkeypatch.setattr("dtnh_jax.finetune.pickles._MAX_OPCODES", 100)
+    monkeypatch.setattr("dtnh_jax.finetune.weights.pickles._MAX_OPCODES", 100)
     with pytest.raises(WeightsError, match="more than 100 opcodes"):
         read(b"\x80\x02" + b"}" * 200)
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import tiny_network
 
-from dtnh_jax.finetune import sources as published
-from dtnh_jax.matrix import images, photographs
-from dtnh_jax.matrix.config import Config, Photographs
+from dtnh_jax.finetune.weights import sources as published
+from dtnh_jax.studies.matrix import catalogue, images
+from dtnh_jax.studies.matrix.config import Config, Photographs
 
 PER_CLASS = 27
 TINY = Config(
@@ -73,5 +73,5 @@ def imagenet():
     """Has a network of five layers stand for the one that learned ImageNet."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(published.SOURCES, "tiny", tiny_network.TINY)
-        patch.setitem(photographs.SOURCES, "imagenet", "tiny")
+        patch.setitem(catalogue.SOURCES_OF_PHOTOGRAPHS, "imagenet", "tiny")
         yield

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dtnh_jax.finetune.sources import SOURCES, Source
+from dtnh_jax.finetune.weights.sources import SOURCES, Source
 
 
 class TinyNetwork(nn.Module):
@@ -47,7 +47,7 @@ TINY = Source(
 )
 
 if __name__ == "__main__":
-    from dtnh_jax.finetune.__main__ import main
+    from dtnh_jax._cli import main
 
     SOURCES["tiny"] = TINY
     sys.exit(main())

@@ -1,5 +1,6 @@
-"""Fine-tunes real pretrained networks on real photographs: `python -m ...finetune`.
+"""Fine-tunes real pretrained networks on real photographs: the command `dtnh`.
 
-Data flows one way: config -> targets, data -> sources, models -> methods -> loop ->
-experiment -> report. Nothing here is needed to use the library itself.
+Packages import only those before them: data, models, weights, training, runs, reports.
+The options (`config`, `methods`) come before all of them, `command` after. Nothing here
+is needed to use the library itself.
 """

@@ -7,37 +7,14 @@ moving averages of the loss gradient. `scratch`, `fine-tuning` and `lora` have n
 regularizer.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
-
-from jax import lax
-from jaxtyping import Array
-
-from dtnh_jax import regularizers, rules
-
-Maps = dict[str, Array]
-
-
-class Seen(NamedTuple):
-    """What a batch looks like to the network in training, and to its teacher."""
-
-    maps: Maps  # of the layers that the source is distilled at
-    pooled: Array  # what the head sees, [batch, channels]
-    source_logits: Array | None  # of the original head, where that is kept
-    teacher_maps: Maps
-    teacher_logits: Array | None  # of the original classes
-    labels: Array
+from typing import NamedTuple
 
 
 class Regularizer(NamedTuple):
-    """A regularizer that the command knows; one of the two functions is given."""
+    """What options and trainings need to know of a regularizer beside its function."""
 
     strength: float  # by default, as `--tune` chose it
     grid: tuple[float, ...]  # of `--tune`
-    # (parameters of the source, estimate) -> regularizer of the parameters.
-    of_weights: Callable[[Any, Any], regularizers.WeightRegularizer] | None = None
-    # (batch, estimate) -> scalar.
-    of_batch: Callable[[Seen, Any], Array] | None = None
     has_teacher: bool = False  # whether the teacher has to look at the batch
     estimate: str | None = None  # one of `estimates.ESTIMATES`
     keeps_source_head: bool = False  # beside the new one, and trained with it
@@ -70,113 +47,32 @@ class Method(NamedTuple):
         return "lora" if self.has_adapters else "fine-tuning"
 
 
-def _towards_source(make: Callable[..., Any]) -> Callable[[Any, Any], Any]:
-    """Has a regularizer leave out the head, which has no pretrained value."""
-    return lambda params, _: make(params, new=["head"])
+_OF_LOGITS = {"has_teacher": True, "keeps_source_head": True}
 
-
-def _of_maps(distance: Callable[[Maps, Maps], Array], **options: Any) -> Regularizer:
-    return Regularizer(
-        of_batch=lambda seen, _: distance(seen.maps, seen.teacher_maps),
-        has_teacher=True,
-        **options,
-    )
-
-
-def _of_logits(distance: Callable[..., Array], **options: Any) -> Regularizer:
-    return Regularizer(
-        of_batch=lambda seen, _: distance(seen.source_logits, seen.teacher_logits),
-        has_teacher=True,
-        keeps_source_head=True,
-        **options,
-    )
-
-
-# A new regularizer, or a new rule, is a row here.
+# A new regularizer is a row here, and one in `training.regularizers`.
 REGULARIZERS = {
-    "l2": Regularizer(
-        strength=0.0001,
-        grid=(0.0001, 0.001, 0.01),
-        of_weights=lambda params, _: regularizers.l2(),
-    ),
-    "l2_sp": Regularizer(
-        strength=0.1,
-        grid=(0.01, 0.1, 1.0),
-        of_weights=_towards_source(regularizers.l2_sp),
-    ),
-    "l1_sp": Regularizer(
-        strength=1e-4,
-        grid=(1e-4, 1e-3, 1e-2),
-        of_weights=_towards_source(regularizers.l1_sp),
-    ),
-    "l2_sp_fisher": Regularizer(
-        strength=0.1,
-        grid=(0.01, 0.1, 1.0),
-        of_weights=lambda params, fisher: regularizers.l2_sp_fisher(
-            params, fisher, new=["head"]
-        ),
-        estimate="fisher",
-    ),
-    "lora_decay": Regularizer(
-        strength=0.1,
-        grid=(0.1, 1.0, 10.0),
-        of_weights=lambda params, _: regularizers.lora_decay(),
-        has_adapters=True,
-    ),
-    "feature_map": _of_maps(
-        regularizers.feature_map, strength=1e-4, grid=(1e-5, 1e-4, 1e-3)
-    ),
-    "attention_transfer": _of_maps(
-        regularizers.attention_transfer, strength=1.0, grid=(1.0, 10.0, 100.0)
-    ),
+    "l2": Regularizer(0.0001, (0.0001, 0.001, 0.01)),
+    "l2_sp": Regularizer(0.1, (0.01, 0.1, 1.0)),
+    "l1_sp": Regularizer(1e-4, (1e-4, 1e-3, 1e-2)),
+    "l2_sp_fisher": Regularizer(0.1, (0.01, 0.1, 1.0), estimate="fisher"),
+    "lora_decay": Regularizer(0.1, (0.1, 1.0, 10.0), has_adapters=True),
+    "feature_map": Regularizer(1e-4, (1e-5, 1e-4, 1e-3), has_teacher=True),
+    "attention_transfer": Regularizer(1.0, (1.0, 10.0, 100.0), has_teacher=True),
     "delta": Regularizer(
-        strength=1.0,
-        grid=(0.01, 0.1, 1.0),
-        of_batch=lambda seen, attention: regularizers.delta(
-            seen.maps, seen.teacher_maps, attention
-        ),
-        has_teacher=True,
-        estimate="channel_attention",
+        1.0, (0.01, 0.1, 1.0), has_teacher=True, estimate="channel_attention"
     ),
-    "relational": _of_maps(
-        regularizers.relational, strength=10.0, grid=(0.1, 1.0, 10.0)
-    ),
-    "cka": _of_maps(regularizers.cka, strength=10.0, grid=(0.1, 1.0, 10.0)),
-    "logit_distillation": _of_logits(
-        regularizers.logit_distillation, strength=0.01, grid=(0.01, 0.1, 1.0)
-    ),
-    "lwf": _of_logits(regularizers.lwf, strength=1.0, grid=(0.1, 1.0, 10.0)),
+    "relational": Regularizer(10.0, (0.1, 1.0, 10.0), has_teacher=True),
+    "cka": Regularizer(10.0, (0.1, 1.0, 10.0), has_teacher=True),
+    "logit_distillation": Regularizer(0.01, (0.01, 0.1, 1.0), **_OF_LOGITS),
+    "lwf": Regularizer(1.0, (0.1, 1.0, 10.0), **_OF_LOGITS),
     "co_tuning": Regularizer(
-        strength=0.1,
-        grid=(0.01, 0.1, 1.0),
-        of_batch=lambda seen, relationship: regularizers.co_tuning(
-            seen.source_logits, seen.labels, relationship
-        ),
-        estimate="relationship",
-        keeps_source_head=True,
+        0.1, (0.01, 0.1, 1.0), estimate="relationship", keeps_source_head=True
     ),
-    "batch_spectral_shrinkage": Regularizer(
-        strength=0.0001,
-        grid=(0.0001, 0.001, 0.01),
-        of_batch=lambda seen, _: regularizers.batch_spectral_shrinkage(seen.pooled),
-    ),
+    "batch_spectral_shrinkage": Regularizer(0.0001, (0.0001, 0.001, 0.01)),
 }
 ADDED, NEVER_HURT = "sum", "never_hurt"
-RULES: dict[str, rules.Rule] = {ADDED: rules.weighted_sum, "dtnh": rules.dtnh}
-
-
-def any_rule(names: Sequence[str], index: Any) -> rules.Rule:
-    """One of `RULES` by its index in `names`, which may be traced.
-
-    Rules see but four numbers, so to apply all and take one costs nothing, and the
-    methods of one regularizer share a compiled step, which takes half a minute.
-    """
-
-    def rule(gram):
-        weights = [RULES[name](gram) for name in names]
-        return weights[0] if len(weights) == 1 else lax.select_n(index, *weights)
-
-    return rule
+# A new rule is a name here, and a row in `training.optimizers`.
+RULES = (ADDED, "dtnh")
 
 
 def _regularized(name: str, rule: str) -> Method:

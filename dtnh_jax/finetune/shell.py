@@ -1,6 +1,5 @@
-"""What commands say to the shell, and where they keep what they compiled."""
+"""What commands say to the shell when they stop early."""
 
-import os
 import sys
 from typing import Any
 
@@ -35,14 +34,3 @@ def interrupted(error: BaseException, folder: Any) -> int:
         file=sys.stderr,
     )
     return getattr(error, "exit_status", INTERRUPTED)
-
-
-def keep_compiled(config: Any) -> None:
-    """Keeps compiled steps with the data, for the next run or the rest of this one."""
-    import jax
-
-    from dtnh_jax.finetune.targets import default_data_dir
-
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # which jax reads by itself
-        directory = (config.data_dir or default_data_dir()).expanduser() / "compiled"
-        jax.config.update("jax_compilation_cache_dir", str(directory))

@@ -1,0 +1,72 @@
+"""The console script `dtnh`: hands over to what its first word names."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from dtnh_jax.finetune import shell
+
+# Modules with a function `run(argv) -> status`, by the first argument.
+_COMMANDS = {
+    "export": "dtnh_jax.finetune.reports.export",
+    "predict": "dtnh_jax.finetune.reports.predict",
+    "report": "dtnh_jax.finetune.reports.html_report",
+    "matrix": "dtnh_jax.studies.matrix.command",
+}
+_WITHOUT_A_WORD = "dtnh_jax.finetune.command"
+_STUDIES = "dtnh_jax.studies"
+_BROKEN_PIPE = 141  # 128 and the number of the signal that it is elsewhere
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+      argv: the arguments, without the program's name; those of the process by default.
+
+    Returns:
+      The exit status: 0; 1 where it could not go on, such as with a full disk; 2 for
+      arguments, data, weights or packages that can not be used; 75 where another
+      process was lost; each after one line on stderr; 128 and the signal's number where
+      one stopped it.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in _COMMANDS:
+        return run(_COMMANDS[argv[0]], argv[1:])
+    return run(_WITHOUT_A_WORD, argv)
+
+
+def run(module: str, argv: Sequence[str]) -> int:
+    """Imports a module, and returns the exit status of its `run(argv)`.
+
+    What is missing is said in one line, and output that nobody reads, as of
+    `dtnh --help | head`, ends the command without a word.
+    """
+    try:
+        try:
+            return importlib.import_module(module).run(argv)
+        finally:
+            sys.stdout.flush()  # here, where a broken pipe is caught
+    except ModuleNotFoundError as error:
+        return shell.refuse(_what_is_missing(error.name or ""))
+    except KeyboardInterrupt:
+        print("Interrupted, before any training.", file=sys.stderr)
+        return shell.INTERRUPTED
+    except BrokenPipeError:
+        # Python flushes once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+
+
+def _what_is_missing(name: str) -> str:
+    if f"{name}.".startswith(f"{_STUDIES}."):
+        return (
+            "the studies, matrix and benchmarks, are in the repository only: clone it, "
+            "and in there pip install -e '.[matrix]'"
+        )
+    return f"the package {name} is missing: pip install 'dtnh-jax[matrix]'"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

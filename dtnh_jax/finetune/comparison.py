@@ -1,0 +1,59 @@
+"""A whole run: data and weights are read, methods trained and tested, reports written.
+
+What can be wrong is said in one line; what can stop a run leaves a folder that the
+same command goes on from.
+"""
+
+from rich.console import Console
+
+from dtnh_jax.finetune import directories, shell
+from dtnh_jax.finetune.config import Config
+from dtnh_jax.finetune.reports import report, results
+from dtnh_jax.finetune.runs import experiment, preparation, processes
+from dtnh_jax.finetune.runs.folder import Folder, check_folder, open_folder
+from dtnh_jax.finetune.runs.interrupt import Interrupted
+from dtnh_jax.finetune.training.loop import NotFiniteError
+
+
+def compare(config: Config) -> int:
+    """Runs everything that a configuration asks for; returns the exit status."""
+    console = Console(quiet=not processes.is_first())
+    if not console.is_terminal:
+        console.width = 120  # of a log, where nothing has to fit
+    folder = Folder(config.folder)
+    try:
+        prepared = _prepare(config)
+    except ValueError as error:
+        return shell.refuse(str(error)) if processes.is_first() else shell.MISTAKE
+    for line in report.introduction(prepared, folder):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    try:
+        _work(prepared, folder, console)
+    except (Interrupted, KeyboardInterrupt) as error:
+        return shell.interrupted(error, folder.path)
+    except (OSError, NotFiniteError) as error:
+        return shell.failed(error, folder.path)
+    return 0
+
+
+def _prepare(config: Config) -> preparation.Experiment:
+    """Checks, reads and opens what a run needs."""
+    processes.on_first(lambda: check_folder(config))
+    directories.keep_compiled(config)
+    prepared = preparation.prepare(config)
+    processes.on_first(lambda: open_folder(config, results.machine()) and None)
+    return prepared
+
+
+def _work(prepared: preparation.Experiment, folder: Folder, console: Console) -> None:
+    """Tunes, trains, tests and reports."""
+    strengths, tuning = prepared.config.strengths, None
+    if prepared.config.tune:
+        strengths, tuning = experiment.tune(prepared, folder, console)
+        report.show_tuning(console, tuning, strengths)
+    cells = experiment.test(prepared, folder, strengths, console)
+    if processes.is_first():
+        outcome = results.summarize(prepared, folder, cells, strengths, tuning)
+        report.write(prepared, folder, outcome)
+        folder.clear()
+        report.show(console, outcome, folder.path)

@@ -1,0 +1,1 @@
+"""From photographs on disk to batches in memory."""

@@ -1,0 +1,96 @@
+"""What can be fine-tuned on: classification tasks that are read by index."""
+
+import io
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import grain
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from dtnh_jax.finetune.data import elpv
+from dtnh_jax.finetune.data.class_folders import load_folder
+from dtnh_jax.finetune.data.target import Target
+from dtnh_jax.finetune.data.tfds_target import load_tfds
+from dtnh_jax.finetune.directories import default_data_dir
+
+
+def load_target(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Target:
+    """Opens a target, and prepares it on disk the first time.
+
+    Args:
+      name: one of `TARGETS`, `folder:PATH` (see `load_folder`), or `tfds:NAME` (see
+        `load_tfds`).
+      data_dir: directory of prepared data sets. By default the environment variable
+        `DTNH_DATA_DIR`, and without it `dtnh_jax` in the user's cache directory
+        (`XDG_CACHE_HOME`, or `~/.cache`).
+
+    Returns:
+      The target.
+
+    Raises:
+      ValueError: `name` is unknown, or what it names is no set of pictures in classes.
+      TargetUnavailableError: a package that the target is read from is missing.
+    """
+    if not is_target(name):
+        known = ", ".join(repr(known) for known in (*TARGETS, *FAMILIES))
+        raise ValueError(f"`name` must be one of {known}, got {name!r}.")
+    directory = default_data_dir() if data_dir is None else pathlib.Path(data_dir)
+    directory = directory.expanduser()
+    if name in TARGETS:
+        return TARGETS[name](directory)
+    family, member = _family(name)
+    return FAMILIES[family](member, directory)
+
+
+def is_target(name: str) -> bool:
+    """Whether `load_target` knows what a name is of, without looking whether it is."""
+    return name in TARGETS or _family(name)[0] in FAMILIES
+
+
+def _family(name: str) -> tuple[str, str]:
+    """Returns the key of `FAMILIES` that a name is of, or "", and what follows."""
+    family, _, member = name.partition(":")
+    known = (key for key in FAMILIES if member and key.startswith(f"{family}:"))
+    return next(known, ""), member
+
+
+def _load_elpv(data_dir: pathlib.Path) -> Target:
+    """Returns ELPV: is this solar cell functional or defective?"""
+    builder = elpv.prepare(data_dir)
+    # TFDS wraps the method in a way that pyright reads as taking no arguments.
+    stored = builder.as_data_source(
+        split="train",  # pyright: ignore[reportCallIssue]
+        decoders={"image": tfds.decode.SkipDecoding()},
+    )
+    return Target(
+        name="elpv",
+        licence=elpv.LICENCE,
+        class_names=elpv.CLASS_NAMES,
+        examples=grain.MapDataset.source(stored).map(_decode),
+        labels=np.array([example["label"] for example in stored]),
+    )
+
+
+def _decode(example: dict[str, Any]) -> dict[str, Any]:
+    """Returns an example of TFDS with its image decoded.
+
+    TFDS would do it, with OpenCV where that is installed, and log that it should be
+    where it is not. PIL gives everybody the same pixels.
+    """
+    with Image.open(io.BytesIO(example["image"])) as image:
+        pixels = np.asarray(image if image.mode == "L" else image.convert("RGB"))
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    return {"image": pixels, "label": example["label"]}
+
+
+# A new target is a function of the directory for prepared data, and a row here.
+TARGETS: dict[str, Callable[[pathlib.Path], Target]] = {"elpv": _load_elpv}
+# And these open whatever of a kind is named after the colon.
+FAMILIES: dict[str, Callable[[str, pathlib.Path], Target]] = {
+    "folder:PATH": lambda path, data_dir: load_folder(path),
+    "tfds:NAME": load_tfds,
+}

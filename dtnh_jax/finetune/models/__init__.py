@@ -1,0 +1,1 @@
+"""The networks, in linen, and low-rank adapters for them."""

@@ -1,0 +1,109 @@
+"""`dtnh predict`: what a fine-tuned network takes pictures for."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import tyro
+
+from dtnh_jax.finetune import shell
+
+_AT_ONCE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Prints the class and its probability for every picture."""
+
+    run: tyro.conf.Positional[pathlib.Path]
+    """A run folder, or a file that `dtnh export` wrote."""
+    pictures: tyro.conf.Positional[tuple[pathlib.Path, ...]]
+    """Files to classify."""
+    method: str | None = None
+    """By which method's network. By default the first that resolves conflicts."""
+    seed: int = 0
+    """By which seed's."""
+    json: bool = False
+    """Print JSON, with the probability of every class."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs the command; returns its exit status."""
+    options = tyro.cli(Options, prog="dtnh predict", args=list(argv))
+    try:
+        found = predict(options)
+    except ValueError as error:
+        return shell.refuse(str(error))
+    if options.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    for line in found:
+        print(f"{line['file']}: {line['class']} {100 * line['probability']:.1f}%")
+    return 0
+
+
+def predict(options: Options) -> list[dict[str, Any]]:
+    """Classifies pictures.
+
+    Returns:
+      For each its `file`, the most likely `class`, its `probability`, and the
+      `probabilities` of all classes by name.
+
+    Raises:
+      ValueError: a picture can not be read, or there are no such weights.
+    """
+    # Here, so that `--help` is answered at once.
+    import grain
+    import jax
+    import numpy as np
+
+    from dtnh_jax.finetune.data import loading
+    from dtnh_jax.finetune.data.pictures import is_readable, read_picture
+    from dtnh_jax.finetune.data.target import Target
+    from dtnh_jax.finetune.runs import trained
+
+    files = options.pictures
+    if not files:
+        raise ValueError("`dtnh predict` needs pictures to classify, got none.")
+    if broken := [str(file) for file in files if not is_readable(file)]:
+        raise ValueError(f"Not a picture that can be read: {', '.join(broken)}.")
+    path = options.run
+    if not path.is_file():
+        path, _ = trained.choose(options.run, options.method, options.seed)
+    facts, source, variables = trained.load(path)
+    network = source.module(len(facts.class_names))
+    pictures = Target(
+        name="the pictures",
+        licence="",
+        class_names=tuple(facts.class_names),
+        examples=grain.MapDataset.range(len(files)).map(
+            lambda index: {"image": read_picture(files[index])}
+        ),
+        labels=np.zeros(len(files), int),
+    )
+
+    @jax.jit
+    def probabilities(images):
+        logits: Any = network.apply(variables, source.preprocess(images), train=False)
+        return jax.nn.softmax(logits.astype("float32"))
+
+    examples = loading.materialize(pictures, np.arange(len(files)), facts.image_size)
+    rows = [
+        row
+        for batch in loading.evaluation_batches(examples, min(len(files), _AT_ONCE))
+        for row in np.asarray(probabilities(batch["image"]))[batch["mask"]].tolist()
+    ]
+    found = []
+    for file, row in zip(files, rows):
+        best = int(np.argmax(row))
+        found.append(
+            {
+                "file": str(file),
+                "class": facts.class_names[best],
+                "probability": row[best],
+                "probabilities": dict(zip(facts.class_names, row)),
+            }
+        )
+    return found

@@ -1,0 +1,1 @@
+"""Many trainings in one run folder, which an interruption does not lose."""

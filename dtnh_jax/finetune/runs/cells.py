@@ -1,0 +1,213 @@
+"""Cells: a method with a seed is trained and evaluated, and goes on if it was begun."""
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TextIO
+
+import jax
+import orbax.checkpoint as ocp
+from rich.console import Console
+
+from dtnh_jax.finetune.data import loading
+from dtnh_jax.finetune.methods import Method
+from dtnh_jax.finetune.runs import (
+    checkpoints,
+    preparation,
+    processes,
+    progress,
+    tensorboard,
+    trained,
+)
+from dtnh_jax.finetune.runs.folder import Folder
+from dtnh_jax.finetune.runs.interrupt import Interrupted
+from dtnh_jax.finetune.runs.preparation import Experiment
+from dtnh_jax.finetune.runs.statistics import accuracies
+from dtnh_jax.finetune.training import loop
+
+_EVALUATED_TOGETHER = 100  # photographs, or a few more where that fits the mesh
+
+
+class Cell(NamedTuple):
+    """One training: a method, its strength and a seed."""
+
+    method: Method
+    seed: int
+    strength: float = 0.0
+    is_tuning: bool = False
+
+    @property
+    def name(self) -> str:
+        """Names files, and lines of metrics."""
+        strength = f"-{self.strength:g}" if self.is_tuning else ""
+        return f"{self.method.name}{strength}-seed{self.seed}"
+
+
+def run_cells(
+    experiment: Experiment,
+    folder: Folder,
+    cells: list[Cell],
+    evaluation_set: Callable[[], loading.Examples],
+    console: Console,
+    title: str,
+) -> list[dict[str, Any]]:
+    """Trains and evaluates cells that are not complete; returns all their results."""
+    with (
+        progress.display(console, title, len(cells), experiment.steps) as shown,
+        _logging(shown, folder) as display,
+    ):
+        results = []
+        for cell in cells:
+            result = processes.on_first(lambda cell=cell: folder.result(cell.name))
+            if result is None:
+                result = _run_cell(experiment, folder, cell, evaluation_set, display)
+            accuracy = f"accuracy {100 * result['accuracy']:.1f}%"
+            seconds = f"{result['seconds']:.0f} s"
+            display.end(f"{cell.name}: {accuracy}, {seconds}")
+            results.append(result)
+    return results
+
+
+def _logging(
+    shown: progress.Display, folder: Folder
+) -> contextlib.AbstractContextManager[progress.Display]:
+    """Logs for TensorBoard what is shown, in the process that writes."""
+    if not processes.is_first():
+        return contextlib.nullcontext(shown)
+    return tensorboard.logging(shown, folder.path / "tensorboard")
+
+
+def _run_cell(
+    experiment: Experiment,
+    folder: Folder,
+    cell: Cell,
+    evaluation_set: Callable[[], loading.Examples],
+    display: progress.Display,
+) -> dict[str, Any]:
+    """Trains from the last checkpoint, or the start, and evaluates at the end."""
+    known = preparation.known(experiment, folder, cell.method, cell.seed, display)
+    state, seconds = _train_cell(experiment, folder, cell, known, display)
+    started = time.monotonic()
+    examples = evaluation_set()
+    devices = experiment.mesh.size
+    together = -(-_EVALUATED_TOGETHER // devices) * devices
+    predicted = loop.predictions(experiment.predict, state, known, examples, together)
+    accuracy, balanced_accuracy = accuracies(examples.labels, predicted)
+    result = {
+        "method": cell.method.name,
+        "seed": cell.seed,
+        "strength": cell.strength,
+        "accuracy": accuracy,
+        "balanced_accuracy": balanced_accuracy,
+        "predictions": predicted,
+        "seconds": seconds + time.monotonic() - started,
+    }
+    if experiment.config.keep_weights and not cell.is_tuning:
+        trained.keep(
+            experiment,
+            folder.path,
+            cell.method,
+            cell.strength,
+            cell.seed,
+            state,
+            known,
+        )
+    processes.on_first(lambda: folder.finish(cell.name, result))
+    return result
+
+
+def _train_cell(
+    experiment: Experiment,
+    folder: Folder,
+    cell: Cell,
+    known: loop.Known,
+    display: progress.Display,
+) -> tuple[loop.State, float]:
+    """Returns the trained state, and the seconds that training it took in all."""
+    config = experiment.config
+    started = time.monotonic()
+    trainer = experiment.trainer(cell.method)
+    classes = len(experiment.target.class_names)
+    variables = loop.starting_variables(
+        experiment.source, classes, cell.seed, cell.method
+    )
+    state = trainer.init(variables, cell.method, cell.strength)
+    batches = preparation.batches(experiment, folder, cell.method, cell.seed)
+    path = folder.checkpoints(cell.name)
+    newest, warnings = processes.on_first(lambda: checkpoints.newest_whole(path))
+    for warning in warnings:
+        display.say(f"{cell.name}: {warning}")
+    with (
+        checkpoints.open_checkpoints(path, config.checkpoint_every) as manager,
+        processes.stop_requests() as stop_at,
+    ):
+        if newest is not None:
+            template = ocp.args.StandardRestore(_arrays(state))
+            state = state.replace(**manager.restore(newest, args=template))
+        begin = int(state.step) // config.accumulate
+        started -= processes.on_first(lambda: folder.rewind(cell.name, begin))
+        display.begin(cell.name, begin, experiment.steps)
+        training = loop.train(
+            trainer,
+            state,
+            batches,
+            known,
+            loop.training_key(cell.seed),
+            experiment.steps,
+            config.accumulate,
+        )
+        with _metrics_file(folder) as file:
+            before = time.monotonic()
+            for step, (state, metrics) in enumerate(training, start=begin + 1):
+                numbers = {key: x.item() for key, x in jax.device_get(metrics).items()}
+                now = time.monotonic()
+                line = {
+                    "cell": cell.name,
+                    "method": cell.method.name,
+                    "seed": cell.seed,
+                    "step": step,
+                    **numbers,
+                    "images_per_second": config.batch_size / (now - before),
+                    "seconds": now - started,
+                }
+                before = now
+                if file:
+                    file.write(_as_json(line) + "\n")
+                    file.flush()
+                display.update(line)
+                if step == experiment.steps:
+                    break
+                received = stop_at()
+                checkpoints.save(
+                    manager, step, _arrays(state), force=received is not None
+                )
+                if received is not None:
+                    raise Interrupted(received)
+    return state, time.monotonic() - started
+
+
+@contextlib.contextmanager
+def _metrics_file(folder: Folder) -> Iterator[TextIO | None]:
+    """Opens the file of metrics in the process that writes it."""
+    if not processes.is_first():
+        yield None
+        return
+    with folder.metrics_path.open("a") as file:
+        yield file
+
+
+def _as_json(line: dict[str, Any]) -> str:
+    """Writes a line of metrics; JSON has no word for what is not finite."""
+    finite = {
+        key: None if isinstance(x, float) and not math.isfinite(x) else x
+        for key, x in line.items()
+    }
+    return json.dumps(finite, allow_nan=False)
+
+
+def _arrays(state: loop.State) -> dict[str, Any]:
+    """What of a state is saved; the rest of it is functions."""
+    names = ("step", "params", "opt_state", "batch_stats", "skipped")
+    return {name: getattr(state, name) for name in names}

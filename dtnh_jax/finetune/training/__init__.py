@@ -1,0 +1,1 @@
+"""One training: objective, gradients, optimizer, compiled step and loop."""

@@ -1,0 +1,180 @@
+"""What some regularizers have to measure before training, on the training images."""
+
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.serialization import msgpack_restore, msgpack_serialize
+from jaxtyping import Array, Float
+
+from dtnh_jax import regularizers
+from dtnh_jax.finetune.data.loading import Examples
+from dtnh_jax.finetune.training.loop import look
+from dtnh_jax.finetune.weights.sources import Source, Variables
+from dtnh_jax.linen import capture_features, scale_features
+
+
+class Question(NamedTuple):
+    """What is to be estimated from."""
+
+    source: Source
+    variables: Variables  # pretrained, with the original head
+    examples: Examples  # of the target, for training
+    classes: int  # of the target
+    seed: int
+    path: pathlib.Path  # of a file for what is measured so far
+
+
+def is_known(question: Question) -> bool:
+    """Whether an earlier call has measured it."""
+    return _kept(question).exists()
+
+
+def _kept(question: Question) -> pathlib.Path:
+    return question.path.with_suffix(".msgpack")
+
+
+def estimate(name: str, question: Question) -> Any:
+    """Measures what a regularizer has to know, or reads what was measured before.
+
+    Args:
+      name: one of `ESTIMATES`.
+      question: what it is about. The result is kept at its `path`.
+
+    Returns:
+      A tree of NumPy arrays.
+    """
+    kept = _kept(question)
+    if not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        measured = jax.tree.map(np.asarray, ESTIMATES[name](question))
+        partial = kept.with_suffix(".partial")
+        partial.write_bytes(msgpack_serialize(measured))
+        partial.replace(kept)
+    return msgpack_restore(kept.read_bytes())
+
+
+def _fisher(question: Question) -> Any:
+    """The Fisher information of the source's classes, on the target's images.
+
+    Labels are drawn from the pretrained network; those of the target are not used.
+    """
+    source, variables = question.source, question.variables
+    network = source.module(len(variables["params"]["head"]["bias"]))
+
+    def logits(params, batch):
+        images = source.preprocess(batch["image"])
+        outputs: Any = network.apply(
+            {**variables, "params": params}, images, train=False
+        )
+        return outputs
+
+    fisher: Any = regularizers.diagonal_fisher(
+        logits,
+        variables["params"],
+        [{"image": question.examples.images}],
+        key=jax.random.key(question.seed),
+        progress=False,
+    )
+    return {**fisher, "head": None}  # the new head has nowhere to go back to
+
+
+def _channel_attention(question: Question) -> dict[str, Any]:
+    """The worth of every channel that is distilled, to a head trained on its own."""
+    source, variables, examples = question.source, question.variables, question.examples
+    layers = list(source.feature_layers)
+    original = source.module(len(variables["params"]["head"]["bias"]))
+    observe = capture_features(original, [*layers, "pooled"])
+
+    @jax.jit
+    def observed(images):
+        return observe(variables, source.preprocess(images), train=False)[1]
+
+    found = observed(examples.images)
+    channels = {layer: found[layer].shape[-1] for layer in layers}
+    labels = jnp.asarray(examples.labels)
+    head = linear_probe(found["pooled"], labels, question.classes)
+    probed = {**variables, "params": {**variables["params"], "head": head}}
+    apply = scale_features(source.module(question.classes), layers)
+
+    def loss(scales, batch):
+        images = source.preprocess(batch["image"])
+        logits = apply(probed, scales, images, train=False)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        return jnp.mean(losses)
+
+    batches = [{"image": examples.images, "label": examples.labels}]
+    path = question.path.with_suffix(".jsonl")
+    return regularizers.channel_attention(
+        loss, channels, batches, path=path, progress=False
+    )
+
+
+def _relationship(question: Question) -> Array | np.ndarray:
+    """How often the source sees each of its classes in each of the target's.
+
+    Differs from the paper: the source's probabilities are not calibrated, for which it
+    would take images of the source's own task.
+    """
+    see = jax.jit(functools.partial(look, question.source))
+    logits = see(question.variables, question.examples.images)["head"]
+    labels = question.examples.labels
+    return regularizers.category_relationship(logits, labels, question.classes)
+
+
+@functools.partial(jax.jit, static_argnames=("classes", "steps"))
+def linear_probe(
+    features: Float[Array, "n channels"],
+    labels: Array,
+    classes: int,
+    decay: float = 1e-3,
+    steps: int = 100,
+) -> dict[str, Array]:
+    """Trains a head on features that stay as they are.
+
+    Args:
+      features: what the head sees.
+      labels: `[n]`, integers.
+      classes: number of them.
+      decay: of the kernel, relative to the mean loss.
+      steps: of L-BFGS.
+
+    Returns:
+      `kernel` and `bias` of a dense layer.
+    """
+
+    def objective(head):
+        logits = features @ head["kernel"] + head["bias"][None, :]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean() + 0.5 * decay * jnp.sum(head["kernel"] ** 2)
+
+    head: Any = {
+        "kernel": jnp.zeros((features.shape[1], classes)),
+        "bias": jnp.zeros(classes),
+    }
+    optimizer = optax.lbfgs()
+    value_and_grad = optax.value_and_grad_from_state(objective)
+
+    def step(carry, _):
+        head, state = carry
+        value, grads = value_and_grad(head, state=state)
+        updates, state = optimizer.update(
+            grads, state, head, value=value, grad=grads, value_fn=objective
+        )
+        return (optax.apply_updates(head, updates), state), None
+
+    start = (head, optimizer.init(head))
+    (head, _), _ = jax.lax.scan(step, start, length=steps)
+    return head
+
+
+ESTIMATES: dict[str, Callable[[Question], Any]] = {
+    "fisher": _fisher,
+    "channel_attention": _channel_attention,
+    "relationship": _relationship,
+}

@@ -1,0 +1,173 @@
+"""Training and predicting: loops over compiled steps."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Int, PRNGKeyArray
+
+from dtnh_jax.finetune.data.loading import Examples, evaluation_batches
+from dtnh_jax.finetune.training import meshes
+from dtnh_jax.finetune.training.network import (
+    Known,
+    State,
+    look,
+    network_params,
+    starting_variables,
+    teacher_layers,
+    training_key,
+)
+from dtnh_jax.finetune.training.step import ALL_FINITE, Metrics, Trainer, make_trainer
+from dtnh_jax.finetune.weights.sources import Source, Variables
+
+__all__ = [
+    "Known",
+    "Metrics",
+    "NotFiniteError",
+    "State",
+    "Trainer",
+    "Variables",
+    "look",
+    "make_predictor",
+    "make_trainer",
+    "predictions",
+    "starting_variables",
+    "teacher_layers",
+    "train",
+    "training_key",
+]
+PATIENCE = 5  # batches in a row that may be left out
+
+
+class NotFiniteError(ArithmeticError):
+    """Training has come to numbers that are not finite, and does not get out."""
+
+
+def train(
+    trainer: Trainer,
+    state: State,
+    batches: Any,
+    known: Known,
+    key: PRNGKeyArray,
+    steps: int,
+    accumulate: int = 1,
+) -> Iterator[tuple[State, Metrics]]:
+    """Trains from wherever the state is, and yields after every step.
+
+    A Python loop over compiled steps: `lax.scan` runs convolutions several times
+    slower on CPUs.
+
+    Args:
+      trainer: what made the state.
+      state: the first one; donated.
+      batches: indexed by their number, as `loading.training_batches` returns.
+      known: of the regularizer.
+      key: of the run; each batch folds its number in.
+      steps: where to stop.
+      accumulate: batches in a step, as the trainer's optimizer has it.
+
+    Yields:
+      The state, to be used before the next step donates it, and the step's metrics:
+      of losses the mean over its batches, of the rest the last.
+
+    Raises:
+      NotFiniteError: in `PATIENCE` batches, one after the other, the loss or its
+        gradient was not finite; names the step and the first leaf.
+    """
+    start = int(state.step)
+    in_a_row, skipped = 0, int(state.skipped)
+    batch = batches[start]
+    for step in itertools.count(start // accumulate):
+        if step >= steps:
+            return
+        lines = []
+        for number in range(step * accumulate, (step + 1) * accumulate):
+            state, metrics = trainer.step(state, batch, known, key)
+            batch = batches[number + 1]  # prepared while the device is at work
+            in_a_row = in_a_row + 1 if int(metrics["skipped_batches"]) > skipped else 0
+            skipped = int(metrics["skipped_batches"])
+            if in_a_row == PATIENCE:
+                raise NotFiniteError(_what_is_wrong(step + 1, state, metrics))
+            lines.append(metrics)
+        yield state, _joined(lines)
+
+
+def _joined(lines: list[Metrics]) -> Metrics:
+    metrics = {key: x for key, x in lines[-1].items() if key != "not_finite"}
+    if len(lines) == 1:
+        return metrics
+    means = {"loss", "regularizer"} & metrics.keys()
+    return metrics | {
+        key: jnp.mean(jnp.stack([line[key] for line in lines])) for key in means
+    }
+
+
+def _what_is_wrong(step: int, state: State, metrics: Metrics) -> str:
+    """Says where the first number is that is not finite."""
+    names = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree.leaves_with_path(state.params)
+    ]
+    finite = [bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(state.params)]
+    number = int(metrics["not_finite"])
+    if not all(finite):
+        where = f"parameter {names[finite.index(False)]} holds"
+    elif number > ALL_FINITE:
+        where = f"the gradient of the loss for {names[number]}, or its update, holds"
+    else:
+        where = "the loss, though not its gradient, holds"
+    return (
+        f"training stopped at step {step}: {where} numbers that are not finite, in "
+        f"{PATIENCE} batches one after the other. None of them was applied"
+    )
+
+
+def make_predictor(
+    source: Source, network: Any, mesh: Mesh | None = None
+) -> Callable[..., Array]:
+    """Returns a compiled function of (state, known, batch) to class numbers."""
+    mesh = meshes.make_mesh() if mesh is None else mesh
+
+    @jax.jit
+    def of_variables(params, batch_stats, source_params, images) -> Int[Array, " b"]:
+        params = network_params(params, source_params)
+        variables = {"params": params, "batch_stats": batch_stats}
+        logits = network.apply(variables, source.preprocess(images), train=False)
+        return meshes.whole(mesh, jnp.argmax(logits, axis=-1))
+
+    def predict(state: State, known: Known, images: Any) -> Array:
+        return of_variables(
+            state.params,
+            state.batch_stats,
+            known.source["params"],
+            meshes.place_rows(mesh, images),
+        )
+
+    return predict
+
+
+def predictions(
+    predict: Callable[..., Array],
+    state: State,
+    known: Known,
+    examples: Examples,
+    batch_size: int = 100,
+) -> list[int]:
+    """The class that a network finds most likely, for every example.
+
+    Args:
+      predict: of `make_predictor`.
+      state: trained.
+      known: what it was trained with.
+      examples: what to evaluate on.
+      batch_size: a multiple of the devices in the mesh.
+    """
+    found = [
+        np.asarray(predict(state, known, batch["image"]))[batch["mask"]]
+        for batch in evaluation_batches(examples, batch_size)
+    ]
+    return np.concatenate(found).tolist()

@@ -1,0 +1,95 @@
+"""From a configuration to an optimizer that takes two gradients."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import optax
+from jax import lax
+
+import dtnh_jax
+from dtnh_jax import rules
+from dtnh_jax.finetune.config import Config
+from dtnh_jax.finetune.methods import ADDED, Method
+
+RULES: dict[str, rules.Rule] = {ADDED: rules.weighted_sum, "dtnh": rules.dtnh}
+
+
+def any_rule(names: Sequence[str], index: Any) -> rules.Rule:
+    """One of `RULES` by its index in `names`, which may be traced.
+
+    Rules see but four numbers, so to apply all and take one costs nothing, and the
+    methods of one regularizer share a compiled step, which takes half a minute.
+    """
+
+    def rule(gram):
+        weights = [RULES[name](gram) for name in names]
+        return weights[0] if len(weights) == 1 else lax.select_n(index, *weights)
+
+    return rule
+
+
+def make_optimizer(
+    regularizer_name: str | None, config: Config, steps: int, *, never_hurts: bool
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Builds the optimizer of all methods that have one regularizer.
+
+    Gradients are averaged over `--accumulate` batches first, then resolved.
+
+    Args:
+      regularizer_name: one of `REGULARIZERS`; None where gradients are the loss's.
+      config: for the optimizer, the scope, and the rules that its methods need.
+      steps: length of training.
+      never_hurts: whether `dtnh_jax.never_hurt` stands in the place of the rules.
+
+    Returns:
+      A transformation, and the learning rate by its updates so far. With a
+      regularizer, `strength` and `rule` are in its state, to be set there.
+    """
+    schedule = optax.cosine_decay_schedule(config.initial_learning_rate, steps)
+    if config.optimizer == "sgd":
+        optimizer = optax.sgd(schedule, momentum=0.9, nesterov=True)
+    else:
+        optimizer = optax.adamw(schedule)
+    names = config.rules(regularizer_name)
+    if regularizer_name is not None:
+
+        def resolve(strength, rule):
+            if never_hurts:
+                return dtnh_jax.never_hurt(strength)
+            return dtnh_jax.resolve_conflicts(
+                any_rule(names, rule), strength, scope=config.scope
+            )
+
+        # What is in the state is data, and no reason to compile again.
+        resolving = optax.inject_hyperparams(resolve)(strength=0.0, rule=0)
+        optimizer = optax.chain(resolving, optimizer)
+    if config.accumulate == 1:
+        return optimizer, schedule
+    if regularizer_name is not None:
+        return dtnh_jax.accumulate_pairs(optimizer, config.accumulate), schedule
+    several = optax.MultiSteps(optimizer, config.accumulate)
+    return several.gradient_transformation(), schedule
+
+
+def rule_number(
+    regularizer_name: str | None, config: Config, *, never_hurts: bool
+) -> Callable[[Method], int]:
+    """Returns a function from a method to the `rule` of its optimizer's state."""
+    names = config.rules(regularizer_name)
+
+    def number(method: Method) -> int:
+        if method.regularizer is None:
+            return 0
+        if method.never_hurts != never_hurts:
+            raise ValueError(
+                "`method` must be one that the trainer was made for, got "
+                f"{method.name}: see `never_hurts`."
+            )
+        return 0 if never_hurts else names.index(method.rule or ADDED)
+
+    return number
+
+
+def with_hyperparameters(opt_state: Any, strength: Any, rule: Any) -> Any:
+    """Returns a state of `make_optimizer` with a strength and a rule."""
+    return optax.tree.set(opt_state, strength=strength, rule=rule)

@@ -1,0 +1,198 @@
+"""The train step: two gradients from one forward pass, one update.
+
+A `Trainer` holds one compiled step for one regularizer. Seeds, strengths, rules and
+what is known of the source are data to it, so all of them share the compilation.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Int, PRNGKeyArray
+
+import dtnh_jax
+from dtnh_jax import GradientPair
+from dtnh_jax.finetune.config import Config
+from dtnh_jax.finetune.methods import REGULARIZERS, Method
+from dtnh_jax.finetune.training import meshes
+from dtnh_jax.finetune.training.network import (
+    Known,
+    State,
+    look,
+    network_params,
+    single,
+)
+from dtnh_jax.finetune.training.optimizers import (
+    make_optimizer,
+    rule_number,
+    with_hyperparameters,
+)
+from dtnh_jax.finetune.training.regularizers import OF_BATCH, OF_WEIGHTS, Seen
+from dtnh_jax.finetune.weights.sources import Source, Variables
+from dtnh_jax.linen import capture_features
+
+Metrics = dict[str, Array]  # scalars by name
+ALL_FINITE, LOSS = -1, -2  # instead of the number of a leaf
+
+
+class Trainer(NamedTuple):
+    """How to train with one regularizer."""
+
+    # (variables to start from, method, strength) -> state; the variables are copied.
+    init: Callable[[Variables, Method, float], State]
+    # (state, batch, what is known, key of the run) -> state, metrics. The state is
+    # donated: use the new one. The metrics are those before the update.
+    step: Callable[[State, Any, Known, PRNGKeyArray], tuple[State, Metrics]]
+
+
+def make_trainer(
+    source: Source,
+    network: Any,
+    regularizer_name: str | None,
+    config: Config,
+    steps: int,
+    *,
+    never_hurts: bool = False,
+    mesh: Mesh | None = None,
+) -> Trainer:
+    """Builds an optimizer and a step, which is compiled at its first call.
+
+    A batch whose loss or gradient is not finite, or which would make a parameter so,
+    changes nothing but counts: `step` and `skipped` go up. The metric `not_finite` is
+    the number of the first leaf it was seen at, or `ALL_FINITE`, or `LOSS`.
+
+    Args:
+      source: what the network takes its images from.
+      network: with the target's number of classes.
+      regularizer_name: one of `REGULARIZERS`, or None.
+      config: for optimizer, scope, and the rules that its methods need.
+      steps: length of training, for the schedule of the learning rate.
+      never_hurts: whether it is for the method with `dtnh_jax.never_hurt`, which has a
+        state of its own, instead of those with a rule.
+      mesh: of `meshes.make_mesh`, that states, batches and what is known are spread
+        over; by default one device.
+    """
+    mesh = meshes.make_mesh() if mesh is None else mesh
+    regularizer = REGULARIZERS[regularizer_name] if regularizer_name else None
+    of_batch = OF_BATCH.get(regularizer_name or "")
+    of_weights = OF_WEIGHTS.get(regularizer_name or "")
+    optimizer, schedule = make_optimizer(
+        regularizer_name, config, steps, never_hurts=never_hurts
+    )
+    number_of = rule_number(regularizer_name, config, never_hurts=never_hurts)
+
+    @jax.jit
+    def create(variables, strength, rule) -> State:
+        # Copies, because steps donate the state and the source is still needed.
+        variables = jax.tree.map(lambda x: jnp.array(x, copy=True), variables)
+        state = State.create(
+            apply_fn=network.apply,
+            tx=optimizer,
+            params=variables["params"],
+            batch_stats=variables["batch_stats"],
+            skipped=jnp.zeros([], jnp.int32),
+        )
+        state = state.replace(step=jnp.zeros([], jnp.int32))
+        if regularizer is not None:
+            opt_state = with_hyperparameters(state.opt_state, strength, rule)
+            state = state.replace(opt_state=opt_state)
+        return meshes.constrain(mesh, state)
+
+    def init(variables: Variables, method: Method, strength: float) -> State:
+        rule = np.int32(number_of(method))
+        return create(meshes.place(mesh, variables), np.float32(strength), rule)
+
+    apply = capture_features(network, [*source.feature_layers, "pooled"])
+
+    def forward(params, batch_stats, step, batch, known, key):
+        """Returns the loss, new batch statistics, and what a regularizer may see."""
+        (logits, updated), found = apply(
+            {
+                "params": network_params(params, known.source["params"]),
+                "batch_stats": batch_stats,
+            },
+            source.preprocess(batch["image"]),
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": jax.random.fold_in(key, step)},
+        )
+        labels, found = batch["label"], single(found)
+        loss = optax.softmax_cross_entropy_with_integer_labels(single(logits), labels)
+        pooled, source_logits = found.pop("pooled"), None
+        if "source_head" in params:
+            kept = params["source_head"]
+            source_logits = pooled @ kept["kernel"] + kept["bias"][None, :]
+        teacher = dict(batch.get("teacher", {}))
+        teacher_logits = teacher.pop("head", None)
+        seen = Seen(found, pooled, source_logits, teacher, teacher_logits, labels)
+        return jnp.mean(loss), updated.get("batch_stats", {}), seen
+
+    if config.remat:  # what matrices and convolutions gave is kept, the rest made anew
+        policy = jax.checkpoint_policies.dots_saveable
+        forward = jax.checkpoint(forward, policy=policy)
+
+    def step(
+        state: State, batch: dict[str, Any], known: Known, key: PRNGKeyArray
+    ) -> tuple[State, Metrics]:
+        metrics = {}
+        inputs = state.batch_stats, state.step
+        if regularizer and of_batch:
+            if regularizer.has_teacher and "teacher" not in batch:
+                teacher = look(source, known.source, batch["image"])
+                batch = {**batch, "teacher": teacher}
+
+            def objective(params):
+                loss, stats, seen = forward(params, *inputs, batch, known, key)
+                return (loss, of_batch(seen, known.estimate)), stats
+
+            ((loss, value), batch_stats), grads = dtnh_jax.value_and_gradient_pair(
+                objective, has_aux=True
+            )(state.params)
+            metrics["regularizer"] = value
+        else:
+
+            def of_loss(params):
+                loss, stats, _ = forward(params, *inputs, batch, known, key)
+                return loss, stats
+
+            (loss, batch_stats), grads = jax.value_and_grad(of_loss, has_aux=True)(
+                state.params
+            )
+            if of_weights:
+                pull = of_weights(known.source["params"], known.estimate)
+                grads = GradientPair(grads, pull.gradient(state.params))
+                metrics["regularizer"] = pull.value(state.params)
+        updates_done = (state.step - state.skipped) // config.accumulate
+        metrics["learning_rate"] = jnp.asarray(schedule(updates_done), jnp.float32)
+        new = state.apply_gradients(grads=grads).replace(batch_stats=batch_stats)
+        of_loss_alone = grads.loss if isinstance(grads, GradientPair) else grads
+        number = _first_not_finite(loss, of_loss_alone, new.params)
+        is_good = number == ALL_FINITE
+        kept = jax.tree.map(lambda x, old: jnp.where(is_good, x, old), new, state)
+        skipped = state.skipped + jnp.where(is_good, 0, 1)
+        kept = kept.replace(step=new.step, skipped=skipped)
+        if regularizer is not None:
+            metrics |= dtnh_jax.conflict_metrics(new.opt_state)
+            # A regularizer's failures do not count where the loss failed too.
+            metrics["skipped"] = dtnh_jax.conflict_metrics(kept.opt_state)["skipped"]
+        metrics |= {"skipped_batches": skipped, "not_finite": number}
+        metrics = {"loss": loss, **metrics}
+        return meshes.constrain(mesh, kept), meshes.whole(mesh, metrics)
+
+    return Trainer(init, jax.jit(step, donate_argnums=0))
+
+
+def _first_not_finite(loss: Array, grads: Any, params: Any) -> Int[Array, ""]:
+    """The number of the first leaf that is not finite in either tree."""
+
+    def finite(tree: Any) -> Bool[Array, " leaves"]:
+        leaves = jax.tree.leaves(tree)
+        return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves])
+
+    good = finite(grads) & finite(params)
+    number = jnp.where(jnp.all(good), ALL_FINITE, jnp.argmin(good))
+    return jnp.where(jnp.isfinite(loss) | (number >= 0), number, LOSS)

@@ -1,0 +1,1 @@
+"""Pretrained weights: which there are, and how their files are read."""

@@ -1,0 +1,1 @@
+"""Experiments and measurements: in the repository only, not in the wheel."""

@@ -1,0 +1,78 @@
+"""The options of the benchmarks."""
+
+import dataclasses
+import pathlib
+from typing import Literal, get_args
+
+Group = Literal[
+    "transformation", "steps", "bloop", "peers", "compile", "memory", "regularizers"
+]
+DEFAULT_GROUPS: tuple[Group, ...] = (
+    "transformation",
+    "steps",
+    "bloop",
+    "compile",
+    "memory",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Measures what resolving conflicts costs, and says which targets are met.
+
+    Whatever is compared is run in turn, again and again. A ratio is the median of the
+    ratios within a round, and its range that of the middle half of the rounds. The
+    results, their table and their picture are written to files of one name.
+    """
+
+    groups: tuple[Group, ...] = DEFAULT_GROUPS
+    """What to measure: `transformation` alone, at several sizes; whole training
+    `steps`; the same with the rule of `bloop` and as its authors write it; TorchJD in
+    PyTorch (`peers`); times to `compile`, and `memory`; `regularizers` of the
+    fine-tuning command."""
+    peers: bool = False
+    """Measure the group `peers` too: pip install 'dtnh-jax[peers]'."""
+    rounds: int = 15
+    """How often everything is run and timed."""
+    compile_rounds: int = 3
+    """How often every step is compiled, for the group `compile`."""
+    sizes: tuple[int, ...] = (1_000_000, 10_000_000, 100_000_000)
+    """Parameters, for the group `transformation`."""
+    batch_size: int = 64
+    """Examples in a batch."""
+    source: str = "efficientnet-lite0"
+    """Pretrained network of the fine-tuning command."""
+    image_size: int = 64
+    """Height and width of its images, in pixels."""
+    residual_size: int = 29
+    """Height and width of the small residual network's images, in pixels. At 29, both
+    frameworks pad alike."""
+    layers: int = 2
+    """Layers of the transformer encoder."""
+    width: int = 256
+    """Channels of its tokens, a multiple of 4."""
+    tokens: int = 64
+    """Tokens of an example."""
+    methods: tuple[str, ...] = (
+        "fine-tuning",
+        "l2",
+        "l2_sp",
+        "l2_sp+dtnh",
+        "l1_sp+dtnh",
+        "l2_sp_fisher+dtnh",
+        "lora",
+        "lora_decay",
+        "lora_decay+dtnh",
+    )
+    """Methods of the fine-tuning command, for the group `regularizers`. Each is
+    compared with its own baseline, `fine-tuning` or `lora`, which has to be one."""
+    output: pathlib.Path = pathlib.Path("runs", "benchmarks", "benchmarks.json")
+    """File for the results; the picture and the page are beside it."""
+    report_only: bool = False
+    """Measure nothing: show and draw again what is in --output."""
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The groups to measure, in the order of `Group`."""
+        chosen = {*self.groups, *(["peers"] if self.peers else [])}
+        return tuple(group for group in get_args(Group) if group in chosen)

@@ -1,0 +1,92 @@
+"""Which rows each group of the table has."""
+
+import functools
+from collections.abc import Callable, Iterator
+
+from dtnh_jax.studies.benchmarks import (
+    contests,
+    networks,
+    peers,
+    programs,
+    regularizers,
+    steps,
+    transformation,
+)
+from dtnh_jax.studies.benchmarks.config import Config
+from dtnh_jax.studies.benchmarks.networks import Network
+from dtnh_jax.studies.benchmarks.rows import Row
+
+# What is measured, in a few words, and the function that does it.
+Part = tuple[str, Callable[[], list[Row]]]
+
+
+def parts(config: Config) -> Iterator[Part]:
+    """What there is to do, one after the other.
+
+    Programs are kept from one part to the next, since what takes time in a short run
+    is to compile them.
+    """
+    compiled = contests.Compiled()
+
+    @functools.cache
+    def residual() -> Network:
+        return networks.residual(config.batch_size, config.residual_size)
+
+    @functools.cache
+    def pretrained() -> Network:
+        return networks.pretrained(config.source, config.batch_size, config.image_size)
+
+    @functools.cache
+    def encoder() -> Network:
+        size = config.layers, config.width, config.tokens
+        return networks.encoder(config.batch_size, *size)
+
+    def contest(group: str, network: Network, names: tuple[str, ...]) -> list[Row]:
+        return contests.contest(group, network, names, compiled, config.rounds)
+
+    def peer(network: Network, is_convolutional: bool) -> list[Row]:
+        return peers.measure(network, config.rounds, is_convolutional)
+
+    def regularized(names: list[str]) -> list[Row]:
+        return regularizers.measure(
+            names,
+            batch_size=config.batch_size,
+            image_size=config.image_size,
+            rounds=config.rounds,
+            source_name=config.source,
+        )
+
+    def compiling(network: Network) -> list[Row]:
+        return programs.compile_times(network, config.compile_rounds)
+
+    def all_of(group: str) -> list[Callable[[], list[Row]]]:
+        if group == "transformation":
+            return [lambda: transformation.measure(config.sizes, config.rounds)]
+        if group == "steps":
+            return [
+                lambda: contest(group, residual(), steps.OF_STEPS),
+                lambda: contest(group, pretrained(), steps.OF_STEPS),
+            ]
+        if group == "bloop":
+            return [
+                lambda: contest(group, residual(), steps.OF_BLOOP),
+                lambda: contest(group, encoder(), steps.OF_BLOOP),
+            ]
+        if group == "peers":
+            return [lambda: peer(residual(), True), lambda: peer(encoder(), False)]
+        if group == "compile":
+            return [lambda: compiling(residual()), lambda: compiling(pretrained())]
+        if group == "memory":
+            return [
+                lambda: programs.memory(residual(), compiled),
+                lambda: programs.memory(pretrained(), compiled),
+            ]
+        return [
+            lambda names=names: regularized(names)
+            for names in regularizers.contests(config.methods)
+        ]
+
+    for group in config.wanted:
+        members = all_of(group)
+        for number, measure in enumerate(members, start=1):
+            yield f"{group} {number} of {len(members)}", measure

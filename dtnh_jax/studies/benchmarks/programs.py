@@ -1,0 +1,85 @@
+"""What programs cost before they run: the time to compile them, and their memory."""
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+from dtnh_jax.studies.benchmarks import contests, steps
+from dtnh_jax.studies.benchmarks.networks import Network
+from dtnh_jax.studies.benchmarks.rows import Row, one, timed
+from dtnh_jax.studies.benchmarks.timing import Spread, interleaved
+
+_TARGET = 1.2  # of the step in which gradients are simply added
+_COMPILED = {
+    steps.L2_SP: [],
+    steps.L2_SP_BY_HAND: [one(steps.L2_SP)],
+    steps.L2_SP_DTNH: [one(steps.L2_SP, _TARGET), one(steps.L2_SP_BY_HAND)],
+    steps.DISTILLATION: [],
+    steps.DISTILLATION_BY_HAND: [one(steps.DISTILLATION)],
+    steps.DISTILLATION_DTNH: [
+        one(steps.DISTILLATION, _TARGET),
+        one(steps.DISTILLATION_BY_HAND),
+    ],
+}
+_KEPT = {
+    steps.L2_SP_DTNH: steps.L2_SP,
+    steps.DISTILLATION_DTNH: steps.DISTILLATION,
+    "L2-SP, never_hurt": steps.L2_SP,
+    "distillation, never_hurt": steps.DISTILLATION,
+}
+
+
+def compile_times(network: Network, rounds: int) -> list[Row]:
+    """Seconds to trace and compile a step: plain, with DTNH, and with it by hand."""
+    programs = {name: steps.program(network, name) for name in _COMPILED}
+    for made in programs.values():
+        made.lower()  # the first time, much is imported and traced that stays
+
+    def compiling(name):
+        return lambda: programs[name].compile() and None
+
+    with _nothing_from_disk():
+        calls = {name: compiling(name) for name in programs}
+        seconds = interleaved(calls, rounds, warm_up=0)
+    return timed("compile", network.name, seconds, _COMPILED, unit="s")
+
+
+def memory(network: Network, compiled: contests.Compiled) -> list[Row]:
+    """Bytes that a step has in use at its peak, as the compiler knows them."""
+    found = {}
+    for name in dict.fromkeys([*_KEPT.values(), *_KEPT]):
+        stats = compiled.of(network, name)[1][0].memory_analysis()
+        found[name] = 1e-6 * (
+            stats.argument_size_in_bytes
+            + stats.output_size_in_bytes
+            + stats.temp_size_in_bytes
+            - stats.alias_size_in_bytes
+        )
+    rows = []
+    for name, size in found.items():
+        row = Row("memory", network.name, name, _exactly(size), "MB")
+        if name in _KEPT:
+            ratio = _exactly(size / found[_KEPT[name]])
+            row = row._replace(against=_KEPT[name], ratio=ratio)
+        rows.append(row)
+    return rows
+
+
+def _exactly(value: float) -> Spread:
+    return Spread(value, value, value)
+
+
+@contextlib.contextmanager
+def _nothing_from_disk() -> Iterator[None]:
+    """Has every program compiled, even if one like it has been stored."""
+    before = jax.config.jax_enable_compilation_cache  # pyright: ignore  (made at run time)
+    # The flag is read once, until the cache is reset.
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
