@@ -1,14 +1,26 @@
 """Regularizers towards a pretrained network: of weights, features and outputs."""
 
-from dtnh_jax.regularizers.categories import (
+from dtnh_jax.regularizers.estimators import (
+    attention_from_losses,
     calibration_temperature,
     category_relationship,
+    channel_attention,
+    diagonal_fisher,
 )
-from dtnh_jax.regularizers.channels import attention_from_losses, channel_attention
-from dtnh_jax.regularizers.features import attention_transfer, delta, feature_map
-from dtnh_jax.regularizers.fisher import diagonal_fisher
-from dtnh_jax.regularizers.outputs import co_tuning, logit_distillation, lwf
-from dtnh_jax.regularizers.relations import cka, relational
+from dtnh_jax.regularizers.features import (
+    attention_transfer,
+    cka,
+    delta,
+    feature_map,
+    relational,
+)
+from dtnh_jax.regularizers.outputs import (
+    co_tuning,
+    expected_error,
+    kl_to_reference,
+    logit_distillation,
+    lwf,
+)
 from dtnh_jax.regularizers.spectrum import batch_spectral_shrinkage
 from dtnh_jax.regularizers.weights import (
     WeightRegularizer,
@@ -33,7 +45,9 @@ __all__ = [
     "co_tuning",
     "delta",
     "diagonal_fisher",
+    "expected_error",
     "feature_map",
+    "kl_to_reference",
     "l1_sp",
     "l2",
     "l2_sp",

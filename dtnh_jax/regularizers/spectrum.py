@@ -5,21 +5,24 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from dtnh_jax.regularizers.features._maps import on_every_device
+
 
 def batch_spectral_shrinkage(
     features: Float[Array | np.ndarray, "..."], k: int = 1
 ) -> Float[Array, ""]:
-    """Shrinks the directions that a batch hardly uses: its `k` least singular values.
+    """Shrinks the `k` smallest singular values of a batch of features.
 
     The sum of the squares of the `k` smallest of the `min(batch, dim)` singular values
     of the feature matrix. It is a sum over the batch too, no mean: it grows with the
     number of examples, so a strength belongs to a batch size. The reference
     implementation has strength 0.001 and `k` 1, at batches of 48.
 
-    It needs no teacher: it goes with another regularizer, such as `l2_sp`.
+    It needs no teacher, and is used beside another regularizer, such as `l2_sp`.
 
     Args:
-      features: `[batch, dim]`, what the head sees, of the network in training.
+      features: `[batch, dim]`, the input of the head of the network in training. On
+        meshes with explicit axes they are gathered.
       k: how many singular values to shrink, from 1 to `min(batch, dim)`.
 
     Returns:
@@ -60,7 +63,7 @@ def batch_spectral_shrinkage(
         )
     if not rank:
         return jnp.zeros([], jnp.float32)
-    matrix = jnp.asarray(features).astype(jnp.float32)
+    matrix = on_every_device(jnp.asarray(features).astype(jnp.float32))
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     # Eigenvalues of this Gram matrix are the squares; `eigh` sorts them upwards. The
     # sum of the k smallest is the least value of `||U^T F||^2` over all U with k

@@ -206,8 +206,9 @@ def _at_most(x: Array, dtype: Any) -> Array:
 
 def to_device(x: Array) -> Array:
     """Copies an array from host memory to the device's, in its sharding."""
-    is_traced = isinstance(x, Tracer)
-    if is_traced:
+    if not isinstance(x, jax.Array):  # an anchor from a checkpoint, in NumPy's memory
+        return jnp.asarray(x)
+    if isinstance(x, Tracer):
         is_elsewhere = jax.typeof(x).memory_space == jax.memory.Space.Host
     else:
         is_elsewhere = x.sharding.memory_kind not in (None, _default_kind(x))

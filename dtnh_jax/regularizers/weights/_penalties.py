@@ -1,4 +1,4 @@
-"""Weights that are pulled to zero, or back to the pretrained ones."""
+"""Penalties of the weights: pulls to zero, or back to the pretrained ones."""
 
 from typing import Any, Literal
 
@@ -49,45 +49,47 @@ def l2_sp(
     dtype: Any = None,
     memory_kind: str | None = None,
 ) -> WeightRegularizer:
-    """Pulls the parameters back to where they started: `1/2 ||params - source||^2`.
+    """Pulls the parameters back to the pretrained ones: `1/2 ||params - source||^2`.
 
-    The penalty is summed over all entries. Parameters without a pretrained value, such
-    as a new head, have nowhere to go back to: their penalty is, as the paper proposes,
-    `new_strength / 2 ||params||^2`. They are those that `new` picks out by their path,
-    and those that are `None` in `source_params`.
+    The penalty is summed over all entries. New parameters, such as a new head, have no
+    pretrained value. Their penalty is, as the paper proposes,
+    `new_strength / 2 ||params||^2`. New are the leaves that `new` selects by their
+    path, and those that are `None` in `source_params`.
 
-    A compiled function that closes over the regularizer has the source written into
-    its program, as a constant: twice its bytes as text to compile, and on the device
-    for good, whatever `memory_kind` says. That is of no account for small networks.
-    For large ones, give the regularizer to the function as an argument, as in the
-    second example; or make it inside, from a source that is an argument.
+    Without `source_params` the regularizer is self-anchored: the source is a copy of
+    the parameters that `tx.init` gets, and the optimizer's state keeps it. So a
+    trainer that builds its optimizer before any parameters exist can have it.
+
+    A compiled function that closes over a regularizer with a source has the source in
+    its program, as a constant. That is slow to compile for large networks, and the
+    constant stays on the device, whatever `memory_kind` says. Pass the regularizer to
+    the function as an argument instead, as in the second example.
 
     Args:
       source_params: pretrained parameters, a tree like the parameters in training.
         They are copied, so that donating or changing the originals is safe, and keep
-        their sharding.
-      new: prefixes of the paths of new leaves, by whole components: `["head"]` is
-        `head` and `head/kernel`, not `header/kernel`. Or a function that tells from a
-        path such as `"head/kernel"` whether a leaf is new.
+        their sharding. None: those that `tx.init` gets.
+      new: prefixes of the paths of new leaves, by whole components: `["head"]` selects
+        `head` and `head/kernel`, not `header/kernel`. Or a function that returns for
+        a path such as `"head/kernel"` whether the leaf is new.
       new_strength: strength of the plain penalty on new leaves, relative to the
         strength of the whole.
-      dtype: to keep the copy in, where that is smaller than the leaf's own. With
+      dtype: of the copy, where that is smaller than the leaf's own. With
         `jnp.bfloat16` it takes half the memory of float32, and each weight is pulled
         to a point up to `2**-8` of its size away from the pretrained one.
-      memory_kind: where to keep the copy, such as `"pinned_host"`: it takes no memory
-        of the device between steps, and every use copies it there once. JAX moves
-        arrays out of `"pinned_host"` inside of compiled functions; it takes those in
-        `"unpinned_host"` for arrays on the device, which on CPUs is the same. The copy
-        is committed to the devices of `source_params`.
+      memory_kind: the memory for the copy, such as `"pinned_host"`: then it takes no
+        memory of the device between steps, and every use copies it there once. Inside
+        compiled functions JAX knows `"device"` and `"pinned_host"` alone.
 
     Returns:
       A `WeightRegularizer`; its gradient, `params - source_params`, needs no autodiff.
 
     Raises:
       TypeError: if `new` is a string.
-      ValueError: if `new_strength` is negative, `new` or one of its prefixes picks out
+      ValueError: if `new_strength` is negative, `new` or one of its prefixes selects
         no leaf, `dtype` is not floating, or the device has no such memory; on use, if
-        the parameters are no tree like `source_params`.
+        the parameters are no tree like `source_params`, or if it is self-anchored and
+        `value` or `gradient` gets no anchor.
 
     Example:
       >>> source = {"body": jnp.array([1.0, 2.0]), "head": jnp.zeros(1)}
@@ -108,6 +110,11 @@ def l2_sp(
       >>> print(step(params, grads, pull)["body"])
       [0.5 2. ]
 
+      Self-anchored, in an optimizer that is built from configuration:
+
+      >>> tx = optax.chain(add_regularizer(l2_sp(), 0.1), optax.adam(1e-3))
+      >>> state = tx.init(source)  # keeps a copy of the source
+
     References:
       Li et al., 2018, equations 3 and 4, https://arxiv.org/abs/1802.01483
     """
@@ -123,20 +130,20 @@ def l1_sp(
     dtype: Any = None,
     memory_kind: str | None = None,
 ) -> WeightRegularizer:
-    """Keeps most parameters where they started: `||params - source||_1`.
+    """Keeps most parameters at the pretrained ones: `||params - source||_1`.
 
     The penalty is the sum of the absolute displacements of all entries. New leaves
     have, as in `l2_sp`, `new_strength / 2 ||params||^2`: a square, as in the paper.
 
-    The pull is of one size however near the source is. A step of plain descent that is
-    longer than the way back goes past the source, by less than that step.
+    The size of the pull does not depend on the distance. A step of plain descent that
+    is longer than the way back passes the source, by less than that step.
 
     Args:
       source_params: as in `l2_sp`.
       new: as in `l2_sp`.
       new_strength: as in `l2_sp`.
-      dtype: as in `l2_sp`. Mind that the pull does not fade near the point to which it
-        goes, which for `jnp.bfloat16` is not quite the pretrained one.
+      dtype: as in `l2_sp`. The pull does not fade near its target, which for
+        `jnp.bfloat16` is a rounded copy of the pretrained weights.
       memory_kind: as in `l2_sp`.
 
     Returns:
@@ -175,19 +182,19 @@ def l2_sp_fisher(
     dtype: Any = None,
     memory_kind: str | None = None,
 ) -> WeightRegularizer:
-    """Pulls back the most what mattered: `1/2 sum_j F_j (params_j - source_j)^2`.
+    """Pulls parameters back in proportion to their Fisher information.
 
-    `F` is the diagonal of the Fisher information of the pretrained network, see
-    `diagonal_fisher`; the sum is over all entries. New leaves have, as in `l2_sp`,
-    `new_strength / 2 ||params||^2`.
+    The penalty is `1/2 sum_j F_j (params_j - source_j)^2`, where `F` is the diagonal of
+    the Fisher information of the pretrained network, see `diagonal_fisher`. New leaves
+    have, as in `l2_sp`, `new_strength / 2 ||params||^2`.
 
-    `F` is of the size of a squared gradient of one example, often far below 1: the
-    strength, and with it `new_strength`, is not that of `l2_sp`.
+    `F` has the size of a squared gradient of one example, often far below 1. So the
+    strength, and with it `new_strength`, differs from that of `l2_sp`.
 
     Args:
       source_params: as in `l2_sp`.
-      fisher: a tree like `source_params` of numbers at least 0. It may be `None` where
-        a leaf is new, and is not looked at there.
+      fisher: a tree like the parameters, of numbers at least 0. Must be given, by name
+        if `source_params` is not. Leaves that are new may be `None`, and are ignored.
       new: as in `l2_sp`.
       new_strength: as in `l2_sp`.
       dtype: as in `l2_sp`, for both trees. Float16 would lose entries of `F` below
@@ -199,9 +206,9 @@ def l2_sp_fisher(
 
     Raises:
       TypeError: as `l2_sp`.
-      ValueError: as `l2_sp`; if `fisher` is no tree like `source_params`, is missing
-        where a leaf is not new, or has entries that are complex, negative or not
-        finite.
+      ValueError: as `l2_sp`; if `fisher` is not given, is no tree like the parameters,
+        is missing where a leaf is not new, or has entries that are complex, negative
+        or not finite.
 
     Example:
       >>> source, fisher = {"w": jnp.array([1.0, 1.0])}, {"w": jnp.array([4.0, 0.0])}
@@ -216,6 +223,11 @@ def l2_sp_fisher(
     Differs from the authors' code, which leaves out biases and the parameters of
     normalization, and can add a constant to `F` or clip it: do so to the tree.
     """
+    if fisher is None:
+        raise ValueError(
+            "`fisher` must be a tree like the parameters, got None: `diagonal_fisher` "
+            "estimates one."
+        )
     keeping = _anchors.Keeping.checked(new, dtype, memory_kind)
     return _pull_back("l2", source_params, fisher, new_strength, keeping)
 
@@ -227,7 +239,7 @@ def _pull_back(
     new_strength: float,
     keeping: _anchors.Keeping,
 ) -> WeightRegularizer:
-    """Keeps copies of the trees, without a source that of the Fisher alone."""
+    """Returns the regularizer, self-anchored if there is no source."""
     if not new_strength >= 0:
         raise ValueError(f"`new_strength` must be at least 0, got {new_strength}.")
     pull = _pull.Pull(norm, float(new_strength))

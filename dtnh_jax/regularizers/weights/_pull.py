@@ -107,11 +107,18 @@ def _columns(fisher, anchor, params):
     sources = _anchors.aligned(anchor, params, "source_params")
     if fisher is None:
         return list(zip(leaves, sources, [None] * len(leaves)))
-    weights = [
-        None if _trees.is_missing(x) else _trees.as_float32(_anchors.to_device(x))
-        for x in _anchors.aligned(fisher, params, "fisher")
-    ]
-    return list(zip(leaves, sources, weights))
+    weights = _anchors.aligned(fisher, params, "fisher")
+    columns = []
+    for i, (param, source, weight) in enumerate(zip(leaves, sources, weights)):
+        if not _trees.is_missing(weight):
+            weight = _trees.as_float32(_anchors.to_device(weight))
+        elif _trees.is_trainable(param) and not _trees.is_missing(source):
+            raise ValueError(
+                "`fisher` must have an array wherever a leaf is not new, got "
+                f"{weight} at '{_anchors.paths(params)[i]}'."
+            )
+        columns.append((param, source, weight))
+    return columns
 
 
 def _displacement(param: Array, source: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Regularizers of how the examples of a batch are placed among each other."""
+"""Regularizers of the relations between the examples of a batch."""
 
 import math
 
@@ -7,7 +7,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from dtnh_jax.regularizers._maps import FeatureMaps, paired, unit
+from dtnh_jax.regularizers.features._maps import (
+    FeatureMaps,
+    on_every_device,
+    paired,
+    unit,
+)
 
 
 def relational(
@@ -25,15 +30,16 @@ def relational(
     averaged: distances over ordered pairs, angles over ordered triplets of distinct
     examples. Layers are summed. The teacher's maps get no gradient.
 
-    Examples that coincide have no direction to each other: angles with them as a side
-    count as cosine 0. A batch of one has no pairs and one of two no triplets; what
-    there is nothing of is 0.
+    Examples that coincide have no direction to each other: the cosine of an angle with
+    them as a side counts as 0. A batch of one has no pairs and one of two no triplets;
+    the mean over none is 0.
 
-    Angles take memory of `batch^3` and time too, so they suit batches up to some
-    hundred examples. With `angle=0` they are left out.
+    Angles take memory and time proportional to `batch^3`, so they suit batches up to
+    some hundred examples. With `angle=0` they are left out.
 
     Args:
-      student: feature maps `[batch, ...]` of the network in training, by layer.
+      student: feature maps `[batch, ...]` of the network in training, by layer as in
+        `feature_map`. On meshes with explicit axes they are gathered.
       teacher: those of the pretrained network on the same batch, of any feature size.
       distance: factor of the distances, at least 0.
       angle: factor of the angles, at least 0.
@@ -42,7 +48,8 @@ def relational(
       A scalar in float32.
 
     Raises:
-      ValueError: if layers or batch sizes differ, or a factor is negative.
+      TypeError: as `feature_map`.
+      ValueError: as `feature_map`; if batch sizes differ, or a factor is negative.
 
     Example:
       >>> teacher = {"pooled": jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])}
@@ -96,14 +103,16 @@ def cka(student: FeatureMaps, teacher: FeatureMaps) -> Float[Array, ""]:
     even unrelated networks look alike, so use large ones.
 
     Args:
-      student: feature maps `[batch, ...]` of the network in training, by layer.
+      student: feature maps `[batch, ...]` of the network in training, by layer as in
+        `feature_map`. On meshes with explicit axes they are gathered.
       teacher: those of the pretrained network on the same batch, of any feature size.
 
     Returns:
       A scalar in float32.
 
     Raises:
-      ValueError: if layers or batch sizes differ.
+      TypeError: as `feature_map`.
+      ValueError: as `feature_map`, and if batch sizes differ.
 
     Example:
       >>> teacher = {"pooled": jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])}
@@ -129,6 +138,8 @@ def cka(student: FeatureMaps, teacher: FeatureMaps) -> Float[Array, ""]:
 
 
 def _flat(x: Array) -> Array:
+    """Returns `[batch, features]`, whole on every device."""
+    x = on_every_device(x)
     return x.reshape(len(x), math.prod(x.shape[1:]))
 
 

@@ -1,6 +1,5 @@
 """What each channel of a pretrained network is worth to a task, for `delta`."""
 
-import contextlib
 import hashlib
 import json
 import os
@@ -12,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dtnh_jax.regularizers import _loss_file
+from dtnh_jax.regularizers.estimators import _loss_file
+from dtnh_jax.regularizers.estimators._progress import progress_bar
 
 Batch = Any
 Scales = dict[str, Float[Array, "_"]]  # [channels] by layer
@@ -172,7 +172,7 @@ def channel_attention(
     weights = np.array(sizes) / sum(sizes)
     _loss_file.begin(path, record, digest, float(weights @ full))
     rises = record.rises
-    with _progress_bar(total, len(rises), progress) as advance:
+    with progress_bar("channels", total, len(rises), shown=progress) as advance:
         while len(rises) < total:
             numbers = range(len(rises), min(len(rises) + chunk, total))
             new = np.zeros(len(numbers))
@@ -215,29 +215,6 @@ def _fingerprint(
     if not sizes:
         raise ValueError("`batches` must have at least one batch, got none.")
     return digest.hexdigest(), sizes
-
-
-@contextlib.contextmanager
-def _progress_bar(total: int, done: int, shown: bool) -> Iterator[Callable[[int], Any]]:
-    """Yields what is to be called with the number of channels that were measured."""
-    console = _console() if shown else None
-    if console is None or not console.is_terminal:
-        yield lambda count: None
-        return
-    from rich.progress import Progress
-
-    with Progress(console=console) as progress:
-        task = progress.add_task("channels", total=total, completed=done)
-        yield lambda count: progress.advance(task, count)
-
-
-def _console() -> Any:
-    """Returns where a bar would be shown, or None without `rich`."""
-    try:
-        from rich.console import Console
-    except ImportError:
-        return None
-    return Console(stderr=True)
 
 
 def _check_temperature(temperature: float) -> None:

@@ -1,7 +1,6 @@
 """How much a network's outputs depend on each parameter."""
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ import optax
 from jaxtyping import Array, PRNGKeyArray
 
 from dtnh_jax import _trees
+from dtnh_jax.regularizers.estimators._progress import progress_bar
 
 Batch = Any  # a tree of arrays `[n, ...]`
 
@@ -124,7 +124,8 @@ def diagonal_fisher(
     add = jax.jit(add, donate_argnums=0)
     sums = [jnp.zeros(jnp.shape(leaves[i]), jnp.float32) for i in at]
     count, classes = 0, 0
-    with _bar(batches, progress) as advance:
+    total = len(batches) if isinstance(batches, Sized) else None
+    with progress_bar("Fisher information", total, shown=progress) as advance:
         for batch in batches:
             size = _size(batch)
             if size:
@@ -140,7 +141,7 @@ def diagonal_fisher(
                     sums = add(sums, leaves, chunk, chosen[rows], numbers, is_real, key)
                 count += size
             jax.block_until_ready(sums)  # or chunks of many batches would queue up
-            advance(count)
+            advance(1, f"{count} examples")
     if not count:
         raise ValueError("`batches` must hold at least one example, got none.")
     means = [
@@ -226,35 +227,3 @@ def _chosen(labels: Any, batch: Batch, size: int, classes: int) -> np.ndarray:
             f"{chosen.min()} to {chosen.max()}."
         )
     return chosen.astype(np.int32)
-
-
-@contextlib.contextmanager
-def _bar(batches: Iterable[Batch], progress: bool) -> Iterator[Callable[[int], None]]:
-    """Yields what to call after each batch, with the number of examples so far."""
-    bar = _rich_progress() if progress else None
-    if bar is None:
-        yield lambda count: None
-        return
-    total = len(batches) if isinstance(batches, Sized) else None
-    with bar:
-        task = bar.add_task("Fisher information", total=total, examples=0)
-        yield lambda count: bar.update(task, advance=1, examples=count)
-
-
-def _rich_progress() -> Any:
-    """Returns a bar of rich, or None off a terminal or where rich is missing."""
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-    except ImportError:
-        return None
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        return None
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        TextColumn("{task.fields[examples]} examples"),
-        TimeRemainingColumn(compact=True),
-        console=console,
-    )

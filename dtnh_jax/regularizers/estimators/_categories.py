@@ -1,7 +1,4 @@
-"""What the classes of a target say of the pretrained ones, for `co_tuning`.
-
-These run once, before training, in float64 on the host.
-"""
+"""The relation of a target's classes to the pretrained ones, for `co_tuning`."""
 
 import math
 from collections.abc import Callable
@@ -10,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Integer
 
+from dtnh_jax.regularizers.estimators._labelled import checked, log_softmax
+
 # Letters of shapes: n examples, s source classes, t target classes.
 
 _METHODS = ("direct", "reverse")
-_TEMPERATURES = (0.01, 100.0)
 _TOLERANCE = 1e-10  # of the mean gradient of the logistic regression
 
 
@@ -75,14 +73,14 @@ def category_relationship(
             raise ValueError(f"`{argument}` must be above 0 and finite, got {value}.")
     if num_classes < 1:
         raise ValueError(f"`num_classes` must be at least 1, got {num_classes}.")
-    logits, targets = _checked(source_logits, labels, num_classes, "source_logits")
+    logits, targets = checked(source_logits, labels, num_classes, "source_logits")
     counts = np.bincount(targets, minlength=num_classes)
     if not counts.all():
         raise ValueError(
             f"`labels` must have an example of each of the {num_classes} classes, got "
             f"none of class {int(np.argmin(counts))}."
         )
-    probabilities = np.exp(_log_softmax(logits / temperature))
+    probabilities = np.exp(log_softmax(logits / temperature))
     one_hot = np.eye(num_classes)[targets]
     if method == "direct":
         relationship = one_hot.T @ probabilities / counts[:, None]
@@ -91,108 +89,9 @@ def category_relationship(
         weights = _logistic_regression(probabilities, one_hot, l2)
         with np.errstate(divide="ignore"):  # of source classes that never occur
             log_prior = np.log(probabilities.mean(axis=0))
-        joint = _log_softmax(weights) + log_prior[:, None]  # [s, t]
-        relationship = np.exp(_log_softmax(joint.T))
+        joint = log_softmax(weights) + log_prior[:, None]  # [s, t]
+        relationship = np.exp(log_softmax(joint.T))
     return jnp.asarray(relationship, jnp.float32)
-
-
-def calibration_temperature(
-    logits: Float[Array | np.ndarray, "n s"],
-    labels: Integer[Array | np.ndarray, " _"],
-) -> float:
-    """Finds the temperature at which a network's probabilities are calibrated.
-
-    It minimises the mean of `-log softmax(logits / T)[label]` over the examples, which
-    must be held out: on those that it was trained with, a network is too sure.
-
-    Args:
-      logits: `[n, classes]`, of the pretrained network on data of its own task.
-      labels: `[n]`, of that task.
-
-    Returns:
-      The temperature, from 0.01 to 100, to a relative 1e-6. It is at the lower bound
-      where every prediction is right, since then no `T` is too small, and at the upper
-      where logits are no better than chance. It is 1 where every example's logits are
-      equal, since then no `T` changes anything.
-
-    Raises:
-      ValueError: if shapes do not match, a label is out of range, there are no
-        examples, or a logit is not finite.
-
-    Example:
-      >>> logits = np.array([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0], [2.0, 0.0]])
-      >>> temperature = calibration_temperature(logits, np.array([0, 0, 0, 1]))
-      >>> print(f"{1 / (1 + np.exp(-2 / temperature)):.4f}")  # right 3 times in 4
-      0.7500
-
-    References:
-      Guo et al., 2017, section 4.2, https://arxiv.org/abs/1706.04599
-    """
-    values, targets = _checked(logits, labels, logits.shape[1], "logits")
-    values = values - values[np.arange(len(values)), targets][:, None]
-    if not values.any():
-        return 1.0
-
-    def slope(log_scale: float) -> tuple[float, float]:
-        """Returns the derivative by `1/T`, and its derivative by `log(1/T)`."""
-        scale = math.exp(log_scale)
-        weights = np.exp(_log_softmax(values * scale))
-        mean = np.sum(weights * values, axis=1)
-        variance = np.sum(weights * (values - mean[:, None]) ** 2, axis=1)
-        return float(mean.mean()), scale * float(variance.mean())
-
-    # The loss is convex in 1/T, so its slope has one sign below the minimum and the
-    # other above: the root stays between `low` and `high`.
-    least, most = _TEMPERATURES
-    low, high = -math.log(most), -math.log(least)
-    if slope(low)[0] >= 0:
-        return most
-    if slope(high)[0] <= 0:
-        return least
-    at, step = 0.0, high - low
-    while abs(step) > 1e-7:
-        value, derivative = slope(at)
-        low, high = (at, high) if value < 0 else (low, at)
-        newton = -value / derivative if derivative > 0 else math.inf
-        # Newton's step where it leads inside and the last one was twice as long, so
-        # that steps die out; the middle otherwise.
-        is_safe = low < at + newton < high and abs(newton) <= abs(step) / 2
-        step = newton if is_safe else (low + high) / 2 - at
-        at += step
-    return math.exp(-at)
-
-
-def _checked(
-    logits: Array | np.ndarray,
-    labels: Array | np.ndarray,
-    num_classes: int,
-    argument: str,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns logits in float64 and labels, or raises what the callers document."""
-    if labels.shape != logits.shape[:1] or not logits.size:
-        raise ValueError(
-            f"`{argument}` and `labels` must have one number of examples, at least 1, "
-            f"got shapes {logits.shape} and {labels.shape}."
-        )
-    values, targets = np.asarray(logits, np.float64), np.asarray(labels)
-    if targets.min() < 0 or targets.max() >= num_classes:
-        raise ValueError(
-            f"`labels` must be from 0 to {num_classes - 1}, got {targets.min()} to "
-            f"{targets.max()}."
-        )
-    finite = np.isfinite(values).all(axis=1)
-    if not finite.all():
-        raise ValueError(
-            f"`{argument}` must be finite, got {values[int(np.argmin(finite))]} for "
-            f"example {int(np.argmin(finite))}."
-        )
-    return values, targets.astype(np.int64)  # `bincount` takes no unsigned integers
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Returns log probabilities over the last axis."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 def _logistic_regression(
@@ -205,13 +104,13 @@ def _logistic_regression(
     """
 
     def loss(weights):
-        log_likelihood = np.sum(one_hot * _log_softmax(inputs @ weights))
+        log_likelihood = np.sum(one_hot * log_softmax(inputs @ weights))
         return 0.5 * l2 * np.sum(weights**2) - log_likelihood
 
     weights = np.zeros((inputs.shape[1], one_hot.shape[1]))
     value = loss(weights)
     for _ in range(200):
-        predicted = np.exp(_log_softmax(inputs @ weights))
+        predicted = np.exp(log_softmax(inputs @ weights))
         gradient = inputs.T @ (predicted - one_hot) + l2 * weights
         error = float(np.linalg.norm(gradient)) / len(inputs)
         if error <= _TOLERANCE:

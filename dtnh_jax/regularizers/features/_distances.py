@@ -8,10 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dtnh_jax.regularizers._maps import FeatureMaps, by_layer, paired, unit
+from dtnh_jax.regularizers.features._maps import (
+    FeatureMaps,
+    by_layer,
+    check_layers,
+    paired,
+    unit,
+)
 
 Weights = Float[Array | np.ndarray, "_"]  # [channels]
-ChannelAttention = Mapping[str, Weights] | Sequence[Weights]
+ChannelAttention = Weights | Mapping[str, Weights] | Sequence[Weights]
 
 
 def feature_map(student: FeatureMaps, teacher: FeatureMaps) -> Float[Array, ""]:
@@ -21,14 +27,16 @@ def feature_map(student: FeatureMaps, teacher: FeatureMaps) -> Float[Array, ""]:
     averaged over the batch. The teacher's maps get no gradient.
 
     Args:
-      student: feature maps `[batch, ...]` of the network in training, by layer.
+      student: feature maps `[batch, ...]` of the network in training: a dict or
+        sequence of one for each layer, or a single array.
       teacher: those of the pretrained network on the same batch.
 
     Returns:
       A scalar in float32.
 
     Raises:
-      ValueError: if layers or shapes differ.
+      TypeError: if a layer is no array.
+      ValueError: if there are none, or layers or shapes differ.
 
     Example:
       >>> student = {"conv": jnp.array([[1.0, 2.0], [0.0, 0.0]])}
@@ -60,7 +68,7 @@ def delta(
 
     Args:
       student: feature maps `[batch, ..., channels]` of the network in training, by
-        layer.
+        layer as in `feature_map`.
       teacher: those of the pretrained network on the same batch.
       channel_attention: weights `[channels]` by layer, as
         `regularizers.channel_attention` returns them: those of a layer sum to 1.
@@ -69,7 +77,8 @@ def delta(
       A scalar in float32.
 
     Raises:
-      ValueError: if layers, shapes, or numbers of channels differ.
+      TypeError: as `feature_map`.
+      ValueError: as `feature_map`, and if numbers of channels differ.
 
     Example:
       >>> student = {"conv": jnp.array([[[1.0, 2.0], [0.0, 0.0]]])}  # two positions
@@ -84,12 +93,11 @@ def delta(
     Differs from DELTA's code, which sums over the batch, and multiplies each layer by
     its number of channels: there, strengths are smaller, and wide layers count more.
     """
-    pairs, attention = paired(student, teacher), by_layer(channel_attention)
-    if pairs.keys() != attention.keys():
-        raise ValueError(
-            "`channel_attention` must have the layers of `student`, got "
-            f"{list(attention)} instead of {list(pairs)}."
-        )
+    pairs = paired(student, teacher)
+    attention = by_layer(channel_attention, "channel_attention")
+    check_layers(
+        attention, {name: x for name, (x, _) in pairs.items()}, "channel_attention"
+    )
     for name, (ours, _) in pairs.items():
         _check_channels(name, ours)
         if attention[name].shape != ours.shape[-1:]:
@@ -107,20 +115,20 @@ def delta(
 
 
 def attention_transfer(student: FeatureMaps, teacher: FeatureMaps) -> Float[Array, ""]:
-    """Distance of where two networks look, whatever they see there.
+    """Distance of the spatial attention of two networks, whatever their channels.
 
     The attention map of an example is the mean over channels of its squared features,
     a value for each position, divided by the 2-norm over positions. The penalty is
     `1/2 ||Q - Q0||^2`, summed over layers and positions and averaged over the batch;
     each layer's is between 0 and 1. The teacher's maps get no gradient.
 
-    Where all features are zero the attention map is zero, and has no gradient. A map
-    with one position, or without such axes, has nowhere else to look: its penalty is 0
-    unless one of the two maps is zero.
+    Where all features are zero the attention map is zero, and has no gradient. For
+    maps with one position, or without such axes, the penalty is 0 unless one of the
+    two maps is zero.
 
     Args:
       student: feature maps `[batch, ..., channels]` of the network in training, by
-        layer.
+        layer as in `feature_map`.
       teacher: those of the pretrained network on the same batch, with the same
         positions and any number of channels.
 
@@ -128,7 +136,8 @@ def attention_transfer(student: FeatureMaps, teacher: FeatureMaps) -> Float[Arra
       A scalar in float32.
 
     Raises:
-      ValueError: if layers, batch sizes or positions differ.
+      TypeError: as `feature_map`.
+      ValueError: if there are no layers, or layers, batch sizes or positions differ.
 
     Example:
       >>> student = {"conv": jnp.array([[[1.0], [0.0]]])}  # looks at position 0

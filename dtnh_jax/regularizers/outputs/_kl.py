@@ -1,0 +1,197 @@
+"""The divergence from a reference model's next-token probabilities.
+
+It goes through the tokens in chunks, so that no array of the size of the logits is
+written in float32. Not through the vocabulary, over which logits are often sharded.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Integer
+
+from dtnh_jax.regularizers.outputs._tokens import (
+    check_floating,
+    log_normalizer,
+    weights_of_mean,
+)
+
+_DIRECTIONS = ("forward", "reverse")
+_CHUNKS = 16
+_WHOLE = 2**20  # entries of logits that are not worth a loop
+
+
+def kl_to_reference(
+    logits: Float[Array | np.ndarray, "... vocabulary"],
+    reference_logits: Float[Array | np.ndarray, "..."],
+    *,
+    mask: Float[Array | np.ndarray, "..."]
+    | Integer[Array | np.ndarray, "..."]
+    | Bool[Array | np.ndarray, "..."]
+    | None = None,
+    direction: str = "forward",
+) -> Float[Array, ""]:
+    """Divergence of next-token probabilities from those of a reference model.
+
+    With `p` the model's probabilities and `q` the reference's, "forward" is
+    `KL(q || p) = sum over the vocabulary of q log(q / p)`, and "reverse" is
+    `KL(p || q)`, the penalty of reinforcement learning from human feedback. The
+    reference gets no gradient.
+
+    It is computed in float32, a sixteenth of the tokens at a time: no float32 array of
+    the size of the logits is needed. What it keeps for the backward pass is of the size
+    and dtype of the logits. Logits may be sharded along any axis; along that of the
+    tokens, on meshes with explicit axes, the logits are taken as a whole.
+
+    Args:
+      logits: `[batch, tokens, vocabulary]` of the network in training; or with any
+        other axes before the last.
+      reference_logits: the same of the pretrained network.
+      mask: weights of tokens, `[batch, tokens]`, such as 0 for padding and prompts.
+      direction: "forward" or "reverse".
+
+    Returns:
+      A scalar in float32: nats per token, the mean over the tokens that `mask` keeps;
+      0 if it keeps none. It is at least 0, and 0 where the probabilities agree. It is
+      infinite where a token has no probability (a logit of `-inf`) in the second of
+      the two models but in the first.
+
+    Raises:
+      TypeError: if logits are not floating.
+      ValueError: if shapes differ or the direction is unknown.
+
+    Example:
+      >>> logits = jnp.zeros((1, 2, 2))  # one sequence of two tokens
+      >>> reference = jnp.array([[[4.0, 0.0], [1.0, 3.0]]])
+      >>> mask = jnp.array([[1, 0]])
+      >>> print(f"{kl_to_reference(logits, reference, mask=mask):.3f}")
+      0.603
+      >>> reverse = kl_to_reference(logits, reference, mask=mask, direction="reverse")
+      >>> print(f"{reverse:.3f}")
+      1.325
+
+    References:
+      Kullback and Leibler, 1951, https://doi.org/10.1214/aoms/1177729694; Ouyang et
+      al., 2022, equation 2, for the reverse, https://arxiv.org/abs/2203.02155
+    """
+    if direction not in _DIRECTIONS:
+        raise ValueError(
+            f"`direction` must be one of {_DIRECTIONS}, got {direction!r}."
+        )
+    check_floating(logits, "logits")
+    check_floating(reference_logits, "reference_logits")
+    if not logits.ndim or logits.shape != reference_logits.shape:
+        raise ValueError(
+            "`logits` and `reference_logits` must have one shape [batch, tokens, "
+            f"vocabulary], got {logits.shape} and {reference_logits.shape}."
+        )
+    weights = weights_of_mean(mask, logits.shape[:-1])[..., None]
+    reference = jax.lax.stop_gradient(jnp.asarray(reference_logits))
+    return _weighted(direction, jnp.asarray(logits), reference, weights)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _weighted(
+    direction: str,
+    logits: Float[Array, "*tokens n"],
+    reference: Float[Array, "*tokens n"],
+    weights: Float[Array, "*tokens 1"],
+) -> Float[Array, ""]:
+    """Returns the sum over tokens of their weighted divergences."""
+    total, _ = _in_chunks(direction, logits, reference, weights, with_slope=False)
+    return total
+
+
+@_weighted.defjvp
+def _weighted_jvp(direction, primals, tangents):
+    total, slope = _in_chunks(direction, *primals, with_slope=True)
+    # Autodiff would keep several arrays in float32 instead of this one.
+    return total, jnp.sum(slope.astype(jnp.float32) * tangents[0].astype(jnp.float32))
+
+
+def _in_chunks(direction, logits, reference, weights, *, with_slope: bool):
+    """Returns the weighted sum, and its derivative by the logits, in their dtype."""
+    axis = _chunked_axis(logits)
+    if axis is None:
+        fresh = jnp.ones([1] * logits.ndim, bool)
+        return _whole(direction, logits, reference, weights, fresh, with_slope)
+    length = logits.shape[axis]
+    size = -(-length // _CHUNKS)
+
+    def add_chunk(i, sums):
+        total, slopes = sums
+        start = jnp.minimum(i * size, length - size)
+        chunk = [
+            _as_floats(jax.lax.dynamic_slice_in_dim(bits, start, size, axis), like)
+            for bits, like in zip(inputs, (logits, reference, weights))
+        ]
+        # The last chunk may begin inside the one before.
+        shape = [size if at == axis else 1 for at in range(logits.ndim)]
+        positions = start + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+        part, slope = _whole(direction, *chunk, positions >= i * size, with_slope)
+        if with_slope:
+            slope = _as_bits(slope)
+            slopes = jax.lax.dynamic_update_slice_in_dim(slopes, slope, start, axis)
+        return total + part, slopes
+
+    inputs = [_as_bits(x) for x in (logits, reference, weights)]
+    slopes = jnp.zeros_like(inputs[0]) if with_slope else None
+    sums = (jnp.zeros([], jnp.float32), slopes)
+    total, slopes = jax.lax.fori_loop(0, -(-length // size), add_chunk, sums)
+    return total, _as_floats(slopes, logits) if with_slope else None
+
+
+def _as_bits(x: Array) -> Array:
+    """Hides numbers of half precision from XLA, which casts them before a loop."""
+    is_half = x.dtype.itemsize == 2
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if is_half else x
+
+
+def _as_floats(bits: Array, like: Array) -> Array:
+    return jax.lax.bitcast_convert_type(bits, like.dtype)
+
+
+def _chunked_axis(logits: Array) -> int | None:
+    """Returns the axis of the tokens, or one before it that is not sharded."""
+    if logits.size <= _WHOLE:
+        return None
+    spec = (*jax.typeof(logits).sharding.spec, *[None] * logits.ndim)
+    axes = [at for at in range(logits.ndim - 1) if spec[at] is None]
+    return max((at for at in axes if logits.shape[at] > 1), default=None)
+
+
+def _whole(direction, logits, reference, weights, fresh, with_slope: bool):
+    """Returns the weighted sum over `fresh` tokens, and the slope of all, or None."""
+    log_p = _log_probabilities(logits)
+    log_q = _log_probabilities(reference)
+    first, second = (log_q, log_p) if direction == "forward" else (log_p, log_q)
+    divergences = jnp.sum(_terms(first, second), axis=-1, keepdims=True)
+    is_kept = weights != 0
+    total = jnp.sum(jnp.where(is_kept & fresh, weights * divergences, 0.0))
+    if not with_slope:
+        return total, None
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    if direction == "forward":
+        slope = p - q
+    else:
+        slope = jnp.where(p == 0, 0.0, p * (log_p - log_q - divergences))
+    return total, jnp.where(is_kept, weights * slope, 0.0).astype(logits.dtype)
+
+
+def _log_probabilities(logits: Array) -> Array:
+    logits = logits.astype(jnp.float32)
+    return logits - log_normalizer(logits)
+
+
+def _terms(log_a: Array, log_b: Array) -> Array:
+    """Returns terms at least 0 whose sum is `KL(a || b)`: `a log(a / b) - a + b`.
+
+    The sum of `b - a` is 0. With it, terms are squares of small differences instead of
+    the differences themselves, whose rounding errors hide a small divergence.
+    """
+    a, b = jnp.exp(log_a), jnp.exp(log_b)
+    d = jnp.where(a == 0, 0.0, log_a - log_b)
+    series = a * jnp.square(d) * (1 / 2 - d * (1 / 6 - d * (1 / 24 - d / 120)))
+    plain = jnp.where(a == 0, 0.0, a * d) + (b - a)
+    return jnp.where((jnp.abs(d) < 0.15) & (a != 0), series, plain)

@@ -1,0 +1,39 @@
+"""Masks of examples or tokens, as weights of a mean."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+def weights_of_mean(
+    mask: Array | np.ndarray | None, shape: tuple[int, ...]
+) -> Float[Array, "..."]:
+    """Returns weights of sum 1, or zeros if the mask keeps nothing.
+
+    Raises:
+      ValueError: if the mask has another shape.
+    """
+    if mask is None:
+        mask = jnp.ones(shape, jnp.float32)
+    elif jnp.shape(mask) != shape:
+        raise ValueError(
+            "`mask` must have the shape of the logits without their last axis, "
+            f"{shape}, got {jnp.shape(mask)}."
+        )
+    mask = jax.lax.stop_gradient(jnp.asarray(mask).astype(jnp.float32))
+    total = jnp.sum(mask)
+    return mask / jnp.where(total == 0, 1.0, total)
+
+
+def check_floating(logits: Array | np.ndarray, argument: str) -> None:
+    """Raises TypeError for integers and complex numbers."""
+    if not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise TypeError(f"`{argument}` must be floating, got {logits.dtype}.")
+
+
+def log_normalizer(x: Float[Array, "*batch n"]) -> Float[Array, "*batch 1"]:
+    """Returns `log(sum(exp(x)))` over the last axis, which is kept."""
+    most = jax.lax.stop_gradient(jnp.max(x, axis=-1, keepdims=True))
+    most = jnp.where(jnp.isfinite(most), most, 0.0)
+    return most + jnp.log(jnp.sum(jnp.exp(x - most), axis=-1, keepdims=True))
