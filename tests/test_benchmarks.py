@@ -15,6 +15,7 @@ from dtnh_jax import regularizers
 from dtnh_jax.finetune.weights.sources import SOURCES
 from dtnh_jax.studies.benchmarks import (
     contests,
+    mlp,
     networks,
     peers,
     programs,
@@ -279,6 +280,53 @@ def test_memory_is_what_the_compiler_says(perceptron, compiled):
     assert more > 2e-6 * params
 
 
+def test_what_many_parameters_cost_is_compared_with_plain_and_by_hand(monkeypatch):
+    monkeypatch.setattr(mlp, "NAMES", (*mlp.NAMES[:3], steps.L2_SP_ELEMENT))
+    monkeypatch.setattr(
+        mlp, "_OF_COMPILING", {x: mlp._OF_COMPILING[x] for x in mlp.NAMES[:3]}
+    )
+    network = networks.perceptron(batch_size=4, layers=2, width=8)
+    targets = mlp.Targets(time=1.1, memory=1.5)
+    found = mlp.measure(network, targets, contests.Compiled(), 1, 1)
+    assert {row.subject for row in found} == {"MLP 2 x 8 x 8, batch 4"}
+    by_group = {}
+    for row in found:
+        each = (row.name, row.against, row.target, row.unit)
+        by_group.setdefault(row.group, []).append(each)
+    plain, by_hand, ours, element = mlp.NAMES
+    assert by_group["mlp"] == [
+        (plain, None, None, "ms"),
+        (by_hand, plain, None, "ms"),
+        (ours, plain, 1.1, "ms"),
+        (ours, by_hand, None, "ms"),
+        (element, plain, None, "ms"),
+        (element, by_hand, None, "ms"),
+        (element, ours, 1.25, "ms"),
+    ]
+    trees = f"{plain} and 2 trees like the parameters"
+    assert by_group["mlp: temporary memory"] == [
+        (plain, None, None, "MB"),
+        (by_hand, plain, None, "MB"),
+        (ours, plain, 1.5, "MB"),
+        (ours, by_hand, None, "MB"),
+        (element, plain, None, "MB"),
+        (element, by_hand, None, "MB"),
+        (element, trees, 1.0, "MB"),
+    ]
+    assert by_group["mlp: trace and compile"] == [
+        (plain, None, None, "s"),
+        (by_hand, plain, None, "s"),
+        (ours, plain, None, "s"),
+        (ours, by_hand, 1.3, "s"),
+    ]
+
+
+def test_labels_are_those_of_layers():
+    params = {"a": {"kernel": jnp.ones(2), "bias": jnp.ones(1)}, "b": jnp.ones(3)}
+    labels = steps._by_layer(params)
+    assert labels == {"a": {"kernel": "a", "bias": "a"}, "b": "b"}
+
+
 def test_networks_are_away_from_their_source(encoder):
     pull = regularizers.l2_sp(encoder.source_params, new=["head"])
     assert float(pull.value(encoder.params)) > 0
@@ -304,6 +352,10 @@ def test_networks_are_away_from_their_source(encoder):
         ("--rounds 0", "`--rounds` must be at least 1, got 0"),
         ("--compile-rounds 0", "`--compile-rounds` must be at least 1, got 0"),
         ("--sizes 0", "`--sizes` must be at least 1, got 0"),
+        (
+            "--mlp-widths 8 --mlp-batch-sizes 4 4",
+            "`--mlp-widths` must have as many numbers as `--mlp-batch-sizes`, got 1",
+        ),
         ("--width 6", "`--width` must be a multiple of 4, got 6"),
         ("--source resnet", "`--source` must be one of efficientnet-lite0, eff"),
         ("--report-only --output nowhere.json", "nowhere.json holds no benchmarks: "),

@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import os
 import pathlib
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -210,9 +212,35 @@ def test_a_folder_of_another_configuration_is_refused(capsys, tmp_path):
 
 
 def test_a_missing_package_is_named(capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "dtnh_jax.finetune.command", raising=False)
     monkeypatch.setitem(sys.modules, "tyro", None)
     err = refused(capsys, "--steps", "3")
     assert err.startswith("dtnh: the package tyro is missing: pip install")
+
+
+def test_studies_that_are_not_installed_are_in_the_repository(capsys, monkeypatch):
+    for name in [x for x in sys.modules if x.startswith("dtnh_jax.studies.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "dtnh_jax.studies", None)
+    err = refused(capsys, "matrix")
+    assert err.startswith("dtnh: the studies, matrix and benchmarks, are in the rep")
+    monkeypatch.setattr(sys, "argv", ["benchmarks"])
+    with pytest.raises(SystemExit) as exit_info:
+        runpy.run_module("dtnh_jax.benchmarks", run_name="__main__")
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err == err
+
+
+def test_output_that_nobody_reads_ends_the_command_without_a_word():
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run(
+        [sys.executable, "-m", "dtnh_jax.finetune", "--help"],
+        stdout=writes,
+        stderr=subprocess.PIPE,
+    )
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_missing_photographs_are_named(capsys, monkeypatch, tmp_path, nothing_kept):

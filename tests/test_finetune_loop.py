@@ -16,6 +16,7 @@ from dtnh_jax.finetune.config import Config
 from dtnh_jax.finetune.data import loading
 from dtnh_jax.finetune.methods import METHODS, REGULARIZERS
 from dtnh_jax.finetune.training import estimates, loop
+from dtnh_jax.finetune.training.regularizers import OF_BATCH, OF_WEIGHTS
 from dtnh_jax.finetune.weights import sources
 
 NETWORK = tiny_network.TinyNetwork(2)
@@ -83,6 +84,11 @@ def assert_same(one, other, rtol=0.0):
     assert jax.tree.structure(one) == jax.tree.structure(other)
     for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         np.testing.assert_allclose(x, y, rtol=rtol, atol=0.1 * rtol)
+
+
+def test_every_regularizer_has_one_function():
+    assert not OF_WEIGHTS.keys() & OF_BATCH.keys()
+    assert OF_WEIGHTS.keys() | OF_BATCH.keys() == REGULARIZERS.keys()
 
 
 @pytest.mark.parametrize(

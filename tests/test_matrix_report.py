@@ -194,3 +194,19 @@ def test_harm_is_counted_beyond_rounding():
     for worse, expected in [(1e-7, False), (1e-3, True), (-1e-3, False)]:
         with_part = {"w": update["w"] + np.float32([worse, 0.0])}
         assert bool(harm._is_harm(g, with_part, update)) is expected
+
+
+def test_rules_that_are_no_longer_known_come_last_and_are_drawn(tmp_path):
+    found = dict(
+        record(rule, strength, seed, accuracy)
+        for rule, strength in [("none", 0.0), ("forgotten", 1.0), ("sum", 1.0)]
+        for seed, accuracy in enumerate((0.5, 0.6))
+    )
+    lines = [json.dumps(each) + "\n" for each in found.values()]
+    (tmp_path / "cells.jsonl").write_text("".join(lines))
+    made = results.gather(tmp_path, "test")
+    (table,) = made["tables"]
+    assert [row["rule"] for row in table["rules"]] == ["sum", "forgotten"]
+    report.write(tmp_path, made)
+    assert "| forgotten | 2 |" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "l2_sp-sgd.png").stat().st_size > 10_000

@@ -235,7 +235,7 @@ def test_kept_weights_are_those_of_the_refreshed_gradient(every):
 
     batches = np.random.default_rng(0).standard_normal((7, 4)).astype(np.float32)
     params, strength = jnp.ones(4), 0.7
-    resolved = refreshed_gradient(objective, strength, refresh_every=every)
+    resolved = refreshed_gradient(objective, strength)
     tx = rules.kept_weights(every)(optax.sgd(1.0), strength)
     theirs, ours = resolved.init(params), tx.init(params)
     in_conflict = 0

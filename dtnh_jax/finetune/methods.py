@@ -47,8 +47,6 @@ class Method(NamedTuple):
         return "lora" if self.has_adapters else "fine-tuning"
 
 
-_OF_LOGITS = {"has_teacher": True, "keeps_source_head": True}
-
 # A new regularizer is a row here, and one in `training.regularizers`.
 REGULARIZERS = {
     "l2": Regularizer(0.0001, (0.0001, 0.001, 0.01)),
@@ -63,8 +61,10 @@ REGULARIZERS = {
     ),
     "relational": Regularizer(10.0, (0.1, 1.0, 10.0), has_teacher=True),
     "cka": Regularizer(10.0, (0.1, 1.0, 10.0), has_teacher=True),
-    "logit_distillation": Regularizer(0.01, (0.01, 0.1, 1.0), **_OF_LOGITS),
-    "lwf": Regularizer(1.0, (0.1, 1.0, 10.0), **_OF_LOGITS),
+    "logit_distillation": Regularizer(
+        0.01, (0.01, 0.1, 1.0), has_teacher=True, keeps_source_head=True
+    ),
+    "lwf": Regularizer(1.0, (0.1, 1.0, 10.0), has_teacher=True, keeps_source_head=True),
     "co_tuning": Regularizer(
         0.1, (0.01, 0.1, 1.0), estimate="relationship", keeps_source_head=True
     ),

@@ -15,7 +15,7 @@ class Seen(NamedTuple):
 
     maps: Maps  # of the layers that the source is distilled at
     pooled: Array  # what the head sees, [batch, channels]
-    source_logits: Array | None  # of the original head, where that is kept
+    source_logits: Any  # of the original head; None where that is not kept
     teacher_maps: Maps
     teacher_logits: Array | None  # of the original classes
     labels: Array

@@ -145,7 +145,7 @@ def make_trainer(
                 teacher = look(source, known.source, batch["image"])
                 batch = {**batch, "teacher": teacher}
 
-            def objective(params):
+            def objective(params, of_batch=of_batch):
                 loss, stats, seen = forward(params, *inputs, batch, known, key)
                 return (loss, of_batch(seen, known.estimate)), stats
 

@@ -21,10 +21,19 @@ def check(config: Config) -> None:
         "layers",
         "width",
         "tokens",
+        "mlp_layers",
     ):
         _at_least_one(name, getattr(config, name))
     for size in config.sizes:
         _at_least_one("sizes", size)
+    for name in ("mlp_widths", "mlp_batch_sizes"):
+        for value in getattr(config, name):
+            _at_least_one(name, value)
+    if len(config.mlp_widths) != len(config.mlp_batch_sizes):
+        raise ValueError(
+            "`--mlp-widths` must have as many numbers as `--mlp-batch-sizes`, got "
+            f"{len(config.mlp_widths)} and {len(config.mlp_batch_sizes)}."
+        )
     if not config.sizes:
         raise ValueError("`--sizes` must have at least 1 number, got 0.")
     if not config.wanted:

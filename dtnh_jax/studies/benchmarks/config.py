@@ -5,7 +5,14 @@ import pathlib
 from typing import Literal, get_args
 
 Group = Literal[
-    "transformation", "steps", "bloop", "peers", "compile", "memory", "regularizers"
+    "transformation",
+    "steps",
+    "bloop",
+    "peers",
+    "compile",
+    "memory",
+    "mlp",
+    "regularizers",
 ]
 DEFAULT_GROUPS: tuple[Group, ...] = (
     "transformation",
@@ -13,6 +20,7 @@ DEFAULT_GROUPS: tuple[Group, ...] = (
     "bloop",
     "compile",
     "memory",
+    "mlp",
 )
 
 
@@ -28,14 +36,14 @@ class Config:
     groups: tuple[Group, ...] = DEFAULT_GROUPS
     """What to measure: `transformation` alone, at several sizes; whole training
     `steps`; the same with the rule of `bloop` and as its authors write it; TorchJD in
-    PyTorch (`peers`); times to `compile`, and `memory`; `regularizers` of the
-    fine-tuning command."""
+    PyTorch (`peers`); times to `compile`, and `memory`; all three on an `mlp`;
+    `regularizers` of the fine-tuning command."""
     peers: bool = False
     """Measure the group `peers` too: pip install 'dtnh-jax[peers]'."""
     rounds: int = 15
     """How often everything is run and timed."""
     compile_rounds: int = 3
-    """How often every step is compiled, for the group `compile`."""
+    """How often every step is compiled, for the groups `compile` and `mlp`."""
     sizes: tuple[int, ...] = (1_000_000, 10_000_000, 100_000_000)
     """Parameters, for the group `transformation`."""
     batch_size: int = 64
@@ -53,6 +61,12 @@ class Config:
     """Channels of its tokens, a multiple of 4."""
     tokens: int = 64
     """Tokens of an example."""
+    mlp_layers: int = 8
+    """Square matrices of the perceptrons of the group `mlp`."""
+    mlp_widths: tuple[int, ...] = (512, 1024)
+    """Their heights and widths, one for each perceptron."""
+    mlp_batch_sizes: tuple[int, ...] = (256, 64)
+    """Examples in a batch, one number for each perceptron."""
     methods: tuple[str, ...] = (
         "fine-tuning",
         "l2",

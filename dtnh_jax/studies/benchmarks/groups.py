@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 from dtnh_jax.studies.benchmarks import (
     contests,
+    mlp,
     networks,
     peers,
     programs,
@@ -59,6 +60,15 @@ def parts(config: Config) -> Iterator[Part]:
     def compiling(network: Network) -> list[Row]:
         return programs.compile_times(network, config.compile_rounds)
 
+    def perceptron(width: int, batch_size: int) -> list[Row]:
+        return mlp.measure(
+            networks.perceptron(batch_size, config.mlp_layers, width),
+            mlp.TARGETS.get(width, mlp.Targets()),
+            compiled,
+            config.rounds,
+            config.compile_rounds,
+        )
+
     def all_of(group: str) -> list[Callable[[], list[Row]]]:
         if group == "transformation":
             return [lambda: transformation.measure(config.sizes, config.rounds)]
@@ -80,6 +90,13 @@ def parts(config: Config) -> Iterator[Part]:
             return [
                 lambda: programs.memory(residual(), compiled),
                 lambda: programs.memory(pretrained(), compiled),
+            ]
+        if group == "mlp":
+            return [
+                lambda width=width, batch_size=batch_size: perceptron(width, batch_size)
+                for width, batch_size in zip(
+                    config.mlp_widths, config.mlp_batch_sizes, strict=True
+                )
             ]
         return [
             lambda names=names: regularized(names)

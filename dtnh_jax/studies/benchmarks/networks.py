@@ -15,6 +15,7 @@ from dtnh_jax import regularizers
 from dtnh_jax.finetune.weights.sources import initial_variables, load_source
 from dtnh_jax.linen import capture_features
 from dtnh_jax.studies.benchmarks.encoder import Encoder
+from dtnh_jax.studies.benchmarks.perceptron import Perceptron
 from dtnh_jax.studies.matrix.networks import FEATURE_LAYERS, ResNet8
 
 CLASSES = 10
@@ -50,6 +51,15 @@ def encoder(batch_size: int, layers: int, width: int, tokens: int) -> Network:
     variables = jax.jit(module.init)(jax.random.key(0), inputs)
     names = [f"layer_{number}" for number in range(1, layers + 1)]
     return _network("transformer encoder", module, variables, inputs, names)
+
+
+def perceptron(batch_size: int, layers: int, width: int) -> Network:
+    """Square matrices, as many as layers, with many parameters for what they do."""
+    inputs = _noise((batch_size, width))
+    module = Perceptron(CLASSES, layers, width)
+    variables = jax.jit(module.init)(jax.random.key(0), inputs)
+    name = f"MLP {layers} x {width} x {width}, batch {batch_size}"
+    return _network(name, module, variables, inputs, [f"layer_{layers}"])
 
 
 def pretrained(source_name: str, batch_size: int, image_size: int) -> Network:

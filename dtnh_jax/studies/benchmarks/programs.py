@@ -1,18 +1,18 @@
 """What programs cost before they run: the time to compile them, and their memory."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from dtnh_jax.studies.benchmarks import contests, steps
 from dtnh_jax.studies.benchmarks.networks import Network
-from dtnh_jax.studies.benchmarks.rows import Row, one, timed
+from dtnh_jax.studies.benchmarks.rows import Against, Row, one, timed
 from dtnh_jax.studies.benchmarks.timing import Spread, interleaved
 
 _TARGET = 1.2  # of the step in which gradients are simply added
-_COMPILED = {
+_COMPILED: Mapping[str, Sequence[Against]] = {
     steps.L2_SP: [],
     steps.L2_SP_BY_HAND: [one(steps.L2_SP)],
     steps.L2_SP_DTNH: [one(steps.L2_SP, _TARGET), one(steps.L2_SP_BY_HAND)],
@@ -26,14 +26,27 @@ _COMPILED = {
 _KEPT = {
     steps.L2_SP_DTNH: steps.L2_SP,
     steps.DISTILLATION_DTNH: steps.DISTILLATION,
-    "L2-SP, never_hurt": steps.L2_SP,
+    steps.L2_SP_NEVER_HURT: steps.L2_SP,
     "distillation, never_hurt": steps.DISTILLATION,
 }
 
 
-def compile_times(network: Network, rounds: int) -> list[Row]:
-    """Seconds to trace and compile a step: plain, with DTNH, and with it by hand."""
-    programs = {name: steps.program(network, name) for name in _COMPILED}
+def compile_times(
+    network: Network,
+    rounds: int,
+    comparisons: Mapping[str, Sequence[Against]] = _COMPILED,
+    group: str = "compile",
+) -> list[Row]:
+    """Seconds to trace and compile a step.
+
+    Args:
+      network: what is trained.
+      rounds: how often each step is compiled.
+      comparisons: by each of `steps.METHODS` that is compiled. By default plain, with
+        DTNH, and with it by hand.
+      group: of the rows.
+    """
+    programs = {name: steps.program(network, name) for name in comparisons}
     for made in programs.values():
         made.lower()  # the first time, much is imported and traced that stays
 
@@ -43,7 +56,7 @@ def compile_times(network: Network, rounds: int) -> list[Row]:
     with _nothing_from_disk():
         calls = {name: compiling(name) for name in programs}
         seconds = interleaved(calls, rounds, warm_up=0)
-    return timed("compile", network.name, seconds, _COMPILED, unit="s")
+    return timed(group, network.name, seconds, comparisons, unit="s")
 
 
 def memory(network: Network, compiled: contests.Compiled) -> list[Row]:
@@ -59,15 +72,16 @@ def memory(network: Network, compiled: contests.Compiled) -> list[Row]:
         )
     rows = []
     for name, size in found.items():
-        row = Row("memory", network.name, name, _exactly(size), "MB")
+        row = Row("memory", network.name, name, exactly(size), "MB")
         if name in _KEPT:
-            ratio = _exactly(size / found[_KEPT[name]])
+            ratio = exactly(size / found[_KEPT[name]])
             row = row._replace(against=_KEPT[name], ratio=ratio)
         rows.append(row)
     return rows
 
 
-def _exactly(value: float) -> Spread:
+def exactly(value: float) -> Spread:
+    """A number that is the same in every round."""
     return Spread(value, value, value)
 
 

@@ -22,6 +22,9 @@ PLAIN, L2_SP, DISTILLATION = "plain", "L2-SP", "distillation"
 REFRESHED = "distillation, DTNH refreshed every 8"
 L2_SP_DTNH, DISTILLATION_DTNH = "L2-SP, DTNH global", "distillation, DTNH"
 L2_SP_BY_HAND = "L2-SP, DTNH by hand"
+L2_SP_LEAF, L2_SP_LABELS = "L2-SP, DTNH leaf", "L2-SP, DTNH labels"
+L2_SP_UNIT, L2_SP_ELEMENT = "L2-SP, DTNH unit", "L2-SP, DTNH element"
+L2_SP_NEVER_HURT = "L2-SP, never_hurt"
 DISTILLATION_BY_HAND = "distillation, DTNH by hand"
 FLOOR = "one forward, two backward passes"
 BLOOP, OURS_AS_BLOOP = "Bloop, two jax.grad", "Bloop's rule, ours"
@@ -127,15 +130,24 @@ def _pulled(**options: Any) -> Callable[[Data], optax.GradientTransformation]:
     return lambda data: dtnh_jax.add_regularizer(data.pull, STRENGTH, **options)
 
 
+def _by_layer(params: Any) -> Any:
+    """Labels of parameters: those of a layer share one."""
+    return {
+        name: jax.tree.map(lambda _, name=name: name, layer)
+        for name, layer in params.items()
+    }
+
+
 METHODS: dict[str, Method] = {
     PLAIN: Method(_of_loss),
     L2_SP: Method(_of_loss_and_pull),
     L2_SP_BY_HAND: Method(_of_loss_beside_pull, lambda data: by_hand(STRENGTH)),
     L2_SP_DTNH: Method(_of_loss, _pulled()),
-    "L2-SP, DTNH leaf": Method(_of_loss, _pulled(scope="leaf")),
-    "L2-SP, DTNH unit": Method(_of_loss, _pulled(scope="unit")),
-    "L2-SP, DTNH element": Method(_of_loss, _pulled(scope="element")),
-    "L2-SP, never_hurt": Method(
+    L2_SP_LEAF: Method(_of_loss, _pulled(scope="leaf")),
+    L2_SP_UNIT: Method(_of_loss, _pulled(scope="unit")),
+    L2_SP_ELEMENT: Method(_of_loss, _pulled(scope="element")),
+    L2_SP_LABELS: Method(_of_loss, _pulled(scope=_by_layer)),
+    L2_SP_NEVER_HURT: Method(
         _of_loss,
         lambda data: dtnh_jax.never_hurt(STRENGTH, regularizer=data.pull),
     ),
@@ -160,10 +172,10 @@ COMPARISONS: Mapping[str, list[Against]] = {
     L2_SP: [one(PLAIN)],
     L2_SP_BY_HAND: [one(L2_SP)],
     L2_SP_DTNH: [one(L2_SP, target=1.05)],
-    "L2-SP, DTNH leaf": [one(L2_SP, target=1.05)],
-    "L2-SP, DTNH unit": [one(L2_SP)],
-    "L2-SP, DTNH element": [one(L2_SP)],
-    "L2-SP, never_hurt": [one(L2_SP)],
+    L2_SP_LEAF: [one(L2_SP, target=1.05)],
+    L2_SP_UNIT: [one(L2_SP)],
+    L2_SP_ELEMENT: [one(L2_SP)],
+    L2_SP_NEVER_HURT: [one(L2_SP)],
     DISTILLATION: [one(PLAIN)],
     FLOOR: [one(DISTILLATION)],
     DISTILLATION_BY_HAND: [one(FLOOR)],
@@ -173,7 +185,7 @@ COMPARISONS: Mapping[str, list[Against]] = {
     OURS_AS_BLOOP: [one(BLOOP, target=1.0)],
 }
 OF_BLOOP = (BLOOP, OURS_AS_BLOOP)
-OF_STEPS = tuple(name for name in METHODS if name not in OF_BLOOP)
+OF_STEPS = tuple(name for name in METHODS if name not in (*OF_BLOOP, L2_SP_LABELS))
 
 
 def program(network: Network, name: str) -> Program:
@@ -208,9 +220,7 @@ def _refreshing(
     refresh_every: int,
 ) -> Program:
     """A step with `refreshed_gradient`, which takes the place of gradients."""
-    resolved = dtnh_jax.refreshed_gradient(
-        network.objective, STRENGTH, refresh_every=refresh_every, has_aux=True
-    )
+    resolved = dtnh_jax.refreshed_gradient(network.objective, STRENGTH, has_aux=True)
 
     def step_with(gradient: Callable[..., Any]) -> Callable[[State, Data], State]:
         def step(state, data):
