@@ -241,14 +241,65 @@ def test_nans_are_not_hidden(regularizer, oracle):
 def test_maps_that_do_not_match_are_named(regularizer, oracle):
     del oracle
     student, teacher = maps()
-    with pytest.raises(ValueError, match="same layers, at least one"):
+    with pytest.raises(ValueError, match=r"`teacher` must have the.*got \['early'\]"):
         regularizer(student, {"early": teacher["early"]})
-    with pytest.raises(ValueError, match="same layers, at least one"):
-        regularizer({}, {})
+    with pytest.raises(ValueError, match="`teacher` must have the layers of `student`"):
+        regularizer(list(student.values()), [*teacher.values(), jnp.ones((5, 3))])
+    for empty in ({}, [], ()):
+        with pytest.raises(ValueError, match="`student` must have at least one layer"):
+            regularizer(empty, empty)
+        with pytest.raises(ValueError, match="`teacher` must have at least one layer"):
+            regularizer(student, empty)
     with pytest.raises(
         ValueError, match=r"must have maps of one .*\(4, 4, 6\).*'late'"
     ):
         regularizer(student, teacher | {"late": teacher["late"][:4]})
+
+
+@each
+def test_only_arrays_are_maps(regularizer, oracle):
+    del oracle
+    student, teacher = maps()
+    for wrong, kind in (
+        ("late", "str"),
+        (b"late", "bytes"),
+        (3, "int"),
+        (None, "None"),
+    ):
+        with pytest.raises(TypeError, match=f"`student` must be an array.*{kind}"):
+            regularizer(wrong, teacher)
+        with pytest.raises(TypeError, match=f"`teacher` must be an array.*{kind}"):
+            regularizer(student, wrong)
+    with pytest.raises(ValueError, match=r"`teacher` .* got a number at layer 'late'"):
+        regularizer(student, teacher | {"late": jnp.float32(1.0)})
+
+
+def test_a_tuple_from_sow_is_no_map():
+    student, teacher = maps()
+    with pytest.raises(TypeError, match=r"`student` must have an array.*tuple.*'late'"):
+        feature_map(student | {"late": (student["late"],)}, teacher)
+
+
+@pytest.mark.parametrize(
+    "regularizer", [feature_map, attention_transfer, relational, cka, delta]
+)
+def test_an_array_alone_is_one_layer(regularizer):
+    student, teacher = maps(shapes={"late": (4, 7, 8)})
+    x, y = student["late"], teacher["late"]
+    weights = np.full(8, 1 / 8, np.float32)
+    alone, listed = ((weights,), ([weights],)) if regularizer is delta else ((), ())
+    expected = regularizer([x], [y], *listed)
+    assert expected > 0
+    assert regularizer(x, y, *alone) == expected
+    assert regularizer(np.asarray(x), [y], *alone) == expected
+    with pytest.raises(ValueError, match=r"`teacher` must have the layers of"):
+        regularizer(x, {"late": y}, *alone)
+
+
+def test_the_distance_of_an_array_is_not_that_of_its_rows():
+    x, y = jnp.zeros((4, 7, 8)), jnp.ones((4, 7, 8))
+    assert feature_map(x, y) == 0.5 * 7 * 8
+    assert feature_map(list(x), list(y)) == 4 * 0.5 * 8  # four layers, batches of 7
 
 
 @pytest.mark.parametrize("regularizer", [feature_map, weighted])
@@ -286,10 +337,14 @@ def test_weights_get_no_gradient():
 
 def test_weights_that_do_not_match_are_named():
     student, teacher = maps()
-    with pytest.raises(ValueError, match=r"the layers of `student`, got \['early'\]"):
+    with pytest.raises(ValueError, match=r"`channel_attention` .* got \['early'\]"):
         delta(student, teacher, {"early": ATTENTION["early"]})
-    with pytest.raises(ValueError, match=r"the layers of `student`, got \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"`channel_attention` .* got \[0, 1\]"):
         delta(student, teacher, list(ATTENTION.values()))
+    with pytest.raises(ValueError, match=r"`channel_attention` .* at least one layer"):
+        delta(student, teacher, {})
+    with pytest.raises(TypeError, match=r"`channel_attention` must be .* got str"):
+        delta(student, teacher, "late")
     wrong = ATTENTION | {"late": np.ones(4, np.float32)}
     with pytest.raises(ValueError, match=r"got shape \(4,\) for 6 channels .* 'late'"):
         delta(student, teacher, wrong)

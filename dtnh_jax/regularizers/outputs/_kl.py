@@ -5,6 +5,7 @@ written in float32. Not through the vocabulary, over which logits are often shar
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from dtnh_jax.regularizers.outputs._tokens import (
 
 _DIRECTIONS = ("forward", "reverse")
 _CHUNKS = 16
-_WHOLE = 2**20  # entries of logits that are not worth a loop
+_WHOLE = 2**18  # entries of logits that are not worth a loop
 
 
 def kl_to_reference(
@@ -110,7 +111,9 @@ def _weighted_jvp(direction, primals, tangents):
     return total, jnp.sum(slope.astype(jnp.float32) * tangents[0].astype(jnp.float32))
 
 
-def _in_chunks(direction, logits, reference, weights, *, with_slope: bool):
+def _in_chunks(
+    direction: str, logits: Array, reference: Array, weights: Array, *, with_slope: bool
+) -> tuple[Array, Any]:
     """Returns the weighted sum, and its derivative by the logits, in their dtype."""
     axis = _chunked_axis(logits)
     if axis is None:
@@ -122,17 +125,19 @@ def _in_chunks(direction, logits, reference, weights, *, with_slope: bool):
     def add_chunk(i, sums):
         total, slopes = sums
         start = jnp.minimum(i * size, length - size)
-        chunk = [
+        ours, theirs, weighed = [
             _as_floats(jax.lax.dynamic_slice_in_dim(bits, start, size, axis), like)
             for bits, like in zip(inputs, (logits, reference, weights))
         ]
         # The last chunk may begin inside the one before.
         shape = [size if at == axis else 1 for at in range(logits.ndim)]
         positions = start + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
-        part, slope = _whole(direction, *chunk, positions >= i * size, with_slope)
+        fresh = positions >= i * size
+        part, slope = _whole(direction, ours, theirs, weighed, fresh, with_slope)
         if with_slope:
-            slope = _as_bits(slope)
-            slopes = jax.lax.dynamic_update_slice_in_dim(slopes, slope, start, axis)
+            slopes = jax.lax.dynamic_update_slice_in_dim(
+                slopes, _as_bits(slope), start, axis
+            )
         return total + part, slopes
 
     inputs = [_as_bits(x) for x in (logits, reference, weights)]
@@ -161,7 +166,14 @@ def _chunked_axis(logits: Array) -> int | None:
     return max((at for at in axes if logits.shape[at] > 1), default=None)
 
 
-def _whole(direction, logits, reference, weights, fresh, with_slope: bool):
+def _whole(
+    direction: str,
+    logits: Array,
+    reference: Array,
+    weights: Array,
+    fresh: Array,
+    with_slope: bool,
+) -> tuple[Array, Any]:
     """Returns the weighted sum over `fresh` tokens, and the slope of all, or None."""
     log_p = _log_probabilities(logits)
     log_q = _log_probabilities(reference)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 from jaxtyping import Array
@@ -204,7 +205,7 @@ def _at_most(x: Array, dtype: Any) -> Array:
     return x.astype(dtype) if is_real and is_larger else x
 
 
-def to_device(x: Array) -> Array:
+def to_device(x: Array | np.ndarray) -> Array:
     """Copies an array from host memory to the device's, in its sharding."""
     if not isinstance(x, jax.Array):  # an anchor from a checkpoint, in NumPy's memory
         return jnp.asarray(x)

@@ -1,5 +1,6 @@
-"""Weight decay of what low-rank adapters add, and not of their factors."""
+"""Weight decay of the products of low-rank adapters, and not of their factors."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from dtnh_jax import _trees
+from dtnh_jax.regularizers.weights import _anchors
 from dtnh_jax.regularizers.weights._interface import WeightRegularizer
 
 
@@ -19,9 +21,9 @@ def lora_decay(
     """Pulls an adapted network back to the pretrained one: `1/2 ||scale A B||_F^2`.
 
     A low-rank adapter adds `scale * A B`, with `A` of shape `[..., in, rank]` and `B`
-    `[..., rank, out]`, to a weight that stays as it was. So what `l2_sp` is for whole
-    weights, this is for adapters, and it needs no copy of the pretrained weights. The
-    penalty is summed over all entries of all products, over leading axes too.
+    `[..., rank, out]`, to a frozen weight. This is `l2_sp` of the adapted weights, and
+    needs no copy of the pretrained ones. The penalty is summed over all entries of all
+    products, over leading axes too.
 
     A product is never formed: `||A B||_F^2` is the inner product of `A^T A` and
     `B B^T`, of the size of the rank. These are computed in float32.
@@ -58,44 +60,58 @@ def lora_decay(
     if a == b:
         raise ValueError(f"`a` and `b` must be different names, got {a!r} twice.")
 
-    def value(params):
-        total = jnp.zeros([], jnp.float32)
-        for pair in _adapters(params, a, b):
-            grams = _gram_of_a(pair.a) * jnp.conj(_gram_of_b(pair.b))
-            total += 0.5 * scale**2 * jnp.sum(jnp.real(grams)).astype(jnp.float32)
-        return total
-
-    def gradient(params):
-        leaves, treedef = _trees.flatten(params)
-        slopes = [jnp.zeros_like(x) if _trees.is_trainable(x) else x for x in leaves]
-        for pair in _adapters(params, a, b):
-            of_a = _product("...ir,...rs->...is", pair.a, _gram_of_b(pair.b), pair.a)
-            of_b = _product("...rs,...so->...ro", _gram_of_a(pair.a), pair.b, pair.b)
-            slopes[pair.at_a] = (scale**2 * of_a).astype(slopes[pair.at_a].dtype)
-            slopes[pair.at_b] = (scale**2 * of_b).astype(slopes[pair.at_b].dtype)
-        return jax.tree.unflatten(treedef, slopes)
-
-    return WeightRegularizer(Partial(value), Partial(gradient))
+    adapters = _Adapters(a, b, float(scale))
+    return WeightRegularizer(Partial(_value, adapters), Partial(_gradient, adapters))
 
 
-class _Adapter(NamedTuple):
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Adapters:
+    """The names of the factors, and the scale: constants of a compiled program."""
+
+    a: str
+    b: str
+    scale: float
+
+
+def _value(adapters: _Adapters, params: optax.Params) -> Float[Array, ""]:
+    total = jnp.zeros([], jnp.float32)
+    for pair in _pairs(params, adapters):
+        grams = _gram_of_a(pair.a) * jnp.conj(_gram_of_b(pair.b))
+        part = 0.5 * adapters.scale**2 * jnp.sum(jnp.real(grams))
+        total += part.astype(jnp.float32)
+    return total
+
+
+def _gradient(adapters: _Adapters, params: optax.Params) -> optax.Updates:
+    leaves, treedef = _trees.flatten(params)
+    slopes = [jnp.zeros_like(x) if _trees.is_trainable(x) else x for x in leaves]
+    for pair in _pairs(params, adapters):
+        of_a = _product("...ir,...rs->...is", pair.a, _gram_of_b(pair.b), pair.a)
+        of_b = _product("...rs,...so->...ro", _gram_of_a(pair.a), pair.b, pair.b)
+        for at, slope in ((pair.at_a, of_a), (pair.at_b, of_b)):
+            slopes[at] = (adapters.scale**2 * slope).astype(slopes[at].dtype)
+    return jax.tree.unflatten(treedef, slopes)
+
+
+class _Pair(NamedTuple):
     at_a: int  # which of the leaves `a` is
     at_b: int
     a: Float[Array, "*batch inputs rank"] | Any  # in at least float32; or complex
     b: Float[Array, "*batch rank outputs"] | Any
 
 
-def _adapters(params: optax.Params, a: str, b: str) -> list[_Adapter]:
+def _pairs(params: optax.Params, adapters: _Adapters) -> list[_Pair]:
     """Finds pairs of leaves by their paths.
 
     Raises:
       ValueError: if there is none, or one that does not match.
     """
-    paths, (leaves, _) = _trees.names(params), _trees.flatten(params)
+    a, b = adapters.a, adapters.b
+    paths, (leaves, _) = _anchors.paths(params), _trees.flatten(params)
     found: dict[str, dict[str, int]] = {}
     for i, (path, leaf) in enumerate(zip(paths, leaves)):
-        # NNX variables, and boxes of linen, have their array at "value".
-        parent, _, name = f"/{path.removesuffix('/value')}".rpartition("/")
+        parent, _, name = f"/{path}".rpartition("/")
         if name in (a, b) and _trees.is_trainable(leaf):
             found.setdefault(parent, {})[name] = i
     if not found:
@@ -103,7 +119,7 @@ def _adapters(params: optax.Params, a: str, b: str) -> list[_Adapter]:
             f"`params` must have adapters, leaves named {a!r} and {b!r}, got none "
             f"among {', '.join(paths[:8])} ..."
         )
-    pairs = []
+    pairs: list[_Pair] = []
     for at in found.values():
         if len(at) < 2:
             ((name, i),) = at.items()
@@ -124,7 +140,7 @@ def _adapters(params: optax.Params, a: str, b: str) -> list[_Adapter]:
                 f"'{paths[at[b]]}'."
             )
         x, y = _trees.as_float32(x), _trees.as_float32(y)
-        pairs.append(_Adapter(at[a], at[b], x, y))
+        pairs.append(_Pair(at[a], at[b], x, y))
     return pairs
 
 

@@ -257,9 +257,9 @@ def _pull_back(
     if fisher is not None:
         leaves = _anchors.aligned(fisher, source_params, "fisher", "source_params")
         treedef = _trees.flatten(source_params)[1]
-        fisher = jax.tree.unflatten(treedef, leaves)
-        _check_fisher(fisher, is_new)
-        fisher = _anchors.copies(fisher, is_new, keeping)
+        aligned = jax.tree.unflatten(treedef, leaves)
+        _check_fisher(aligned, is_new)
+        fisher = _anchors.copies(aligned, is_new, keeping)
     source = _anchors.copies(source_params, is_new, keeping)
     # As arguments of `Partial`, the copies are leaves of the regularizer.
     return WeightRegularizer(

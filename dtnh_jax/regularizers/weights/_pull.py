@@ -9,6 +9,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float
 
@@ -121,8 +122,8 @@ def _columns(fisher, anchor, params):
     return columns
 
 
-def _displacement(param: Array, source: Array) -> Array:
-    return param - _anchors.to_device(source).astype(param.dtype)
+def _displacement(param: Array | np.ndarray, source: Array | np.ndarray) -> Array:
+    return jnp.asarray(param) - _anchors.to_device(source).astype(param.dtype)
 
 
 def _sum_of_moduli(x: Array) -> Array:
