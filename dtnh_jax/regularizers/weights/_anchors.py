@@ -50,7 +50,7 @@ def anchor(keeping: Keeping, params: optax.Params) -> optax.Params:
     Raises:
       ValueError: if leaves are shapes without values, or as `copies` does.
     """
-    for path, leaf in zip(paths(params), _trees.flatten(params)[0]):
+    for path, leaf in zip(_trees.names(params), _trees.flatten(params)[0]):
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise ValueError(
                 "`params` must have values for a self-anchored regularizer to copy, "
@@ -73,37 +73,6 @@ def copies(tree: optax.Params, left_out: list[bool], keeping: Keeping) -> optax.
     return jax.tree.unflatten(treedef, kept)
 
 
-def aligned(
-    tree: optax.Params, params: optax.Params, name: str, like: str = "params"
-) -> list[Any]:
-    """Returns the leaves of `tree` in the order of those of `params`.
-
-    NNX variables and their values alone are the same tree here, as are linen's boxes.
-
-    Raises:
-      ValueError: if the trees differ, with the path of the first leaf that does.
-    """
-    if _trees.flatten(tree)[1] == _trees.flatten(params)[1]:
-        return _trees.align(tree, params, name, like)
-    by_path, wanted = (
-        dict(zip(paths(x), _trees.flatten(x)[0])) for x in (tree, params)
-    )
-    leaves = _trees.align(by_path, wanted, name, like)
-    at = dict(zip(_trees.names(wanted), leaves))  # which JAX sorts
-    return [at[path] for path in wanted]
-
-
-def paths(tree: optax.Params) -> list[str]:
-    """Returns the path of each leaf, without the `value` of NNX variables and boxes."""
-    flat, _ = jax.tree.flatten_with_path(tree, is_leaf=_trees.is_missing)
-    return [_trees.path_name(_without_value(path)) for path, _ in flat]
-
-
-def _without_value(path: tuple[Any, ...]) -> tuple[Any, ...]:
-    boxed = bool(path) and path[-1] == jax.tree_util.GetAttrKey("value")
-    return path[:-1] if boxed else path
-
-
 def new_leaves(
     tree: optax.Params, new: New | None, name: str = "source_params"
 ) -> list[bool]:
@@ -113,7 +82,7 @@ def new_leaves(
       ValueError: if `new`, or one of its prefixes, picks out no leaf.
     """
     missing = [_trees.is_missing(leaf) for leaf in _trees.flatten(tree)[0]]
-    at = paths(tree)
+    at = _trees.names(tree)
     if new is None or not at:  # without a leaf: Optax's `tree.map_params` asks so
         return missing
     if callable(new):

@@ -11,7 +11,6 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from dtnh_jax import _trees
-from dtnh_jax.regularizers.weights import _anchors
 from dtnh_jax.regularizers.weights._interface import WeightRegularizer
 
 
@@ -108,7 +107,7 @@ def _pairs(params: optax.Params, adapters: _Adapters) -> list[_Pair]:
       ValueError: if there is none, or one that does not match.
     """
     a, b = adapters.a, adapters.b
-    paths, (leaves, _) = _anchors.paths(params), _trees.flatten(params)
+    paths, (leaves, _) = _trees.names(params), _trees.flatten(params)
     found: dict[str, dict[str, int]] = {}
     for i, (path, leaf) in enumerate(zip(paths, leaves)):
         parent, _, name = f"/{path}".rpartition("/")

@@ -255,7 +255,7 @@ def _pull_back(
         )
     is_new = _anchors.new_leaves(source_params, keeping.new)
     if fisher is not None:
-        leaves = _anchors.aligned(fisher, source_params, "fisher", "source_params")
+        leaves = _trees.align(fisher, source_params, "fisher", "source_params")
         treedef = _trees.flatten(source_params)[1]
         aligned = jax.tree.unflatten(treedef, leaves)
         _check_fisher(aligned, is_new)
@@ -270,7 +270,7 @@ def _pull_back(
 
 def _check_fisher(fisher: optax.Params, is_new: list[bool]) -> None:
     """Raises what `l2_sp_fisher` documents, unless values are traced."""
-    paths, (leaves, _) = _anchors.paths(fisher), _trees.flatten(fisher)
+    paths, (leaves, _) = _trees.names(fisher), _trees.flatten(fisher)
     for path, leaf, skip in zip(paths, leaves, is_new):
         if skip:
             continue

@@ -105,10 +105,10 @@ def half_square(x: Array, weight: Array | None = None) -> Array:
 def _columns(fisher, anchor, params):
     """Returns `(parameter, its source, its Fisher information)` of every leaf."""
     leaves, _ = _trees.flatten(params)
-    sources = _anchors.aligned(anchor, params, "source_params")
+    sources = _trees.align(anchor, params, "source_params", "params")
     if fisher is None:
         return list(zip(leaves, sources, [None] * len(leaves)))
-    weights = _anchors.aligned(fisher, params, "fisher")
+    weights = _trees.align(fisher, params, "fisher", "params")
     columns = []
     for i, (param, source, weight) in enumerate(zip(leaves, sources, weights)):
         if not _trees.is_missing(weight):
@@ -116,7 +116,7 @@ def _columns(fisher, anchor, params):
         elif _trees.is_trainable(param) and not _trees.is_missing(source):
             raise ValueError(
                 "`fisher` must have an array wherever a leaf is not new, got "
-                f"{weight} at '{_anchors.paths(params)[i]}'."
+                f"{weight} at '{_trees.names(params)[i]}'."
             )
         columns.append((param, source, weight))
     return columns
