@@ -191,7 +191,7 @@ def test_materialize_names_what_is_wrong(indices, image_size, message):
 # Batches to train on
 
 
-def at(batches: grain.MapDataset[data.Batch], step: int) -> data.Batch:
+def at(batches: grain.MapDataset[loading.Batch], step: int) -> loading.Batch:
     """Returns one batch; Grain's type admits None, for filters."""
     batch = batches[step]
     assert batch is not None
