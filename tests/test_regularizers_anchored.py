@@ -124,9 +124,11 @@ def test_an_anchor_keeps_its_sharding_and_goes_to_the_memory():
     assert anchor["w"].sharding.spec == sharding.spec
     assert anchor["w"].sharding.memory_kind == "pinned_host"
     with jax.set_mesh(mesh):
-        in_program = jax.jit(pull.anchor)(params)
-        assert in_program["w"].sharding.spec == sharding.spec
-        for kept in (anchor, in_program):
+        kept_by = [anchor]
+        if jax.__version_info__ >= (0, 10):  # XLA could not place cut arrays before
+            kept_by.append(jax.jit(pull.anchor)(params))
+        for kept in kept_by:
+            assert kept["w"].sharding.spec == sharding.spec
             gradient = jax.jit(pull.gradient)(params, kept)["w"]
             assert np.all(gradient == 0)
             assert gradient.sharding.spec == sharding.spec
