@@ -2,13 +2,17 @@
 
 from dtnh_jax import regularizers, rules
 from dtnh_jax._accumulate import accumulate_pairs
-from dtnh_jax._decoupled import decoupled
+from dtnh_jax._decoupled import cautious, decoupled
+from dtnh_jax._gradients import GradientPair, value_and_gradient_pair
+from dtnh_jax._metrics import conflict_metrics, first_order_harm
 from dtnh_jax._never_hurt import NeverHurtState, never_hurt
-from dtnh_jax._protect import ConflictState
 from dtnh_jax._refresh import refreshed_gradient
-from dtnh_jax._resolve import add_regularizer, dtnh, resolve_conflicts
-from dtnh_jax.gradients import GradientPair, value_and_gradient_pair
-from dtnh_jax.metrics import conflict_metrics, first_order_harm
+from dtnh_jax._resolve import (
+    ConflictState,
+    add_regularizer,
+    dtnh,
+    resolve_conflicts,
+)
 
 __all__ = [
     "ConflictState",
@@ -16,6 +20,7 @@ __all__ = [
     "NeverHurtState",
     "accumulate_pairs",
     "add_regularizer",
+    "cautious",
     "conflict_metrics",
     "decoupled",
     "dtnh",

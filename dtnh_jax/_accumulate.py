@@ -8,9 +8,9 @@ import optax
 from jaxtyping import Array, Int, PyTree
 
 from dtnh_jax import _trees
-from dtnh_jax._options import check_count
-from dtnh_jax.gradients import GradientPair
-from dtnh_jax.metrics import regularizer_names
+from dtnh_jax._arguments import check_count
+from dtnh_jax._gradients import GradientPair
+from dtnh_jax._metrics import regularizer_names
 
 
 class AccumulateState(NamedTuple):
@@ -67,11 +67,7 @@ def accumulate_pairs(
         state = inner.init(params)
         names = regularizer_names(state)
 
-        def zeros():
-            layout = _trees.layout(params, [], None, params)
-            values = [jnp.zeros_like(x, _trees.single(x)) for x in layout.xs]
-            return layout.scatter(values, others=optax.MaskedNode())
-
+        zeros = _trees.aligned(params, [], None, params).zeros
         regularizer = {name: zeros() for name in names} if names else zeros()
         sums = GradientPair(zeros(), regularizer)
         return AccumulateState(jnp.zeros([], jnp.int32), sums, state)

@@ -120,4 +120,7 @@ def _psum(values: Array, axes: tuple[str, ...]) -> Array:
 
 def _varying(array: Any) -> frozenset[str]:
     """The axes along which a value's type in `jax.shard_map` says that it differs."""
-    return jax.typeof(array).manual_axis_type.varying
+    kind = jax.typeof(array)
+    if (manual := getattr(kind, "manual_axis_type", None)) is not None:
+        return manual.varying
+    return getattr(kind, "vma", frozenset())  # before jax 0.10

@@ -6,18 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool
 
-from dtnh_jax import _axes, _trees, rules
+from dtnh_jax import _axes, rules
+from dtnh_jax._arguments import Number, Strength, check_optimizer, checked_options
 from dtnh_jax._axes import AxisName
-from dtnh_jax._given import checked_regularizers, given_gradients
-from dtnh_jax._options import Mask, Number, Options, Stages, Strength
-from dtnh_jax._part import Scope
-from dtnh_jax._protect import (
-    ConflictState,
-    init_state,
-    regularizer_parts,
-)
+from dtnh_jax._geometry import Scope, matched
+from dtnh_jax._resolve import ConflictState, init_state, resolve
+from dtnh_jax._trees import Mask, given, is_trainable
 from dtnh_jax.regularizers.weights import WeightRegularizer
 
 
@@ -36,10 +31,10 @@ def decoupled(
     *,
     regularizer: WeightRegularizer | Mapping[str, WeightRegularizer] | None = None,
     regularizer_optimizer: optax.GradientTransformation | None = None,
-    rule: rules.Rule | Stages | None = None,
+    rule: rules.Rule | None = None,
     scope: Scope = "global",
-    reference_decay: Number | None = None,
-    trust_ratio: Number | None = None,
+    ema_decay: Number | None = None,
+    max_ratio: Strength | None = None,
     mask: Mask | None = None,
     axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -70,9 +65,10 @@ def decoupled(
         plain descent, `-r`, by default. Several regularizers have a state of it each.
       rule: as in `resolve_conflicts`; `rules.dtnh` by default.
       scope: as in `dtnh`.
-      reference_decay: as in `dtnh`.
-      trust_ratio: at most how long the regularizer's part may be, as a multiple of the
-        norm of the inner optimizer's update `u` in the same group.
+      ema_decay: as in `dtnh`.
+      max_ratio: at most how long the regularizer's part may be, as a multiple of the
+        norm of the inner optimizer's update `u` in the same group; a number or a
+        schedule of the step.
       mask: as in `dtnh`.
       axis_name: as in `dtnh`; the inner optimizer works on what a device holds. A
         `regularizer_optimizer` adds a sum over devices, of one number.
@@ -98,79 +94,61 @@ def decoupled(
       https://arxiv.org/abs/1711.05101; Wan et al., 2019,
       https://arxiv.org/abs/1911.07489
     """
-    for name, value in [
-        ("optimizer", optimizer),
-        ("regularizer_optimizer", regularizer_optimizer or optimizer),
-    ]:
-        if not isinstance(value, optax.GradientTransformation):
-            raise TypeError(
-                f"`{name}` must be an Optax optimizer such as `optax.adamw(1e-3)`, got "
-                f"{type(value).__name__}."
-            )
-    options = Options.checked(
-        rules.dtnh if rule is None else rule,
-        strength,
-        scope,
-        reference_decay,
-        trust_ratio,
-        mask,
-        is_coupled=False,
-        axis_name=axis_name,
-    )
-    regularizers = None
-    if regularizer is not None:
-        regularizers = checked_regularizers(options, regularizer)
+    check_optimizer("optimizer", optimizer)
     optimizer = optax.with_extra_args_support(optimizer)
-    of_regularizer = regularizer_optimizer and optax.with_extra_args_support(
-        regularizer_optimizer
+    descent = regularizer_optimizer
+    if descent is not None:
+        check_optimizer("regularizer_optimizer", descent)
+        descent = optax.with_extra_args_support(descent)
+    options = checked_options(
+        rule, strength, regularizer, scope, ema_decay, max_ratio, mask, axis_name
     )
 
     def init(params):
         own = None
-        if of_regularizer is not None:
+        if descent is not None:
             own = options.join(
-                {n: of_regularizer.init(params) for n in options.strengths}
+                {name: descent.init(params) for name in options.strengths}
             )
         return DecoupledState(init_state(options, params), optimizer.init(params), own)
 
-    def update(updates, state, params=None, *, regularizer_grads=None, **extra_args):
-        loss, getters = given_gradients(
-            options, regularizers, updates, regularizer_grads, params
+    def update(
+        updates,
+        state,
+        params=None,
+        *,
+        regularizer_grads=None,
+        held_out_grads=None,
+        **extra_args,
+    ):
+        loss, gradients = given(
+            options, updates, regularizer_grads, params, state.conflict.anchor
         )
-        own_states = state.regularizer_optimizer
-        if of_regularizer is not None:
-            stepped = {
-                name: _descent(of_regularizer, get(0), own, params, options.axes)
-                for (name, get), own in zip(
-                    getters.items(), options.by_name(own_states, "state").values()
-                )
-            }
-            getters = {name: lambda _, r=r: r for name, (r, _) in stepped.items()}
-            own_states = options.join({name: own for name, (_, own) in stepped.items()})
-
+        own = state.regularizer_optimizer
+        if descent is not None:
+            own = dict(options.by_name(own, "state.regularizer_optimizer"))
+            for name, r in gradients.items():
+                v, own[name] = _step(descent, r(), own[name], params, options.axes)
+                gradients[name] = lambda v=v: v
+            own = options.join(own)
         updates, inner = optimizer.update(loss, state.optimizer, params, **extra_args)
-        lengths = None if options.trust_ratio is None else updates
-        layout, parts, conflict = regularizer_parts(
-            options, loss, getters, state.conflict, params, lengths
+        leaves, part, conflict = resolve(
+            options,
+            state.conflict,
+            loss,
+            gradients,
+            params,
+            held_out_grads,
+            ask=matched,  # lengths of gradients and of steps have no common unit
+            lengths=updates,
         )
-        leaves = layout.pick(updates)
-        for part in parts:
-            leaves = [
-                _subtract(leaf, each, part.is_finite)
-                for leaf, each in zip(leaves, part.leaves)
-            ]
-        updates = layout.scatter(leaves, onto=updates)
-        return updates, DecoupledState(conflict, inner, own_states)
+        return leaves.subtracted(updates, part), DecoupledState(conflict, inner, own)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _descent(
-    optimizer: optax.GradientTransformationExtraArgs,
-    grads: optax.Updates,
-    state: optax.OptState,
-    params: optax.Params | None,
-    axes: tuple[str, ...],
+def _step(
+    optimizer, grads, state, params, axes
 ) -> tuple[optax.Updates, optax.OptState]:
     """An optimizer's step, as if it were a gradient, and its state.
 
@@ -178,19 +156,75 @@ def _descent(
     optimizer is not to remember it.
     """
     step, new_state = optimizer.update(grads, state, params)
-    finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(step)
-              if _trees.is_trainable(x)]  # fmt: skip
+    finite = [
+        jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(step) if is_trainable(x)
+    ]
     is_finite = jnp.all(jnp.stack([jnp.array(True), *finite]))
     is_finite = _axes.everywhere(is_finite, axes)
     new_state = jax.tree.map(
         lambda new, old: jnp.where(is_finite, new, old), new_state, state
     )
-    return jax.tree.map(lambda x: -x if _trees.is_trainable(x) else x, step), new_state
+    return jax.tree.map(lambda x: -x if is_trainable(x) else x, step), new_state
 
 
-def _subtract(update: Any, part: Array, is_finite: Bool[Array, ""]) -> Any:
-    """The update less the part, where the optimizer gave one."""
-    if _trees.is_missing(update):
-        return update
-    moved = (_trees.as_float32(update) - part).astype(update.dtype)
-    return jnp.where(is_finite, moved, update)
+def cautious(
+    optimizer: optax.GradientTransformation,
+    strength: Strength | Mapping[str, Strength],
+    *,
+    regularizer: WeightRegularizer | Mapping[str, WeightRegularizer] | None = None,
+    mask: Mask | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Cautious decay: adds the regularizer's step where the optimizer's step agrees.
+
+    With `u` the update of `optimizer`, which sees the loss gradient alone, and `r` the
+    regularizer's gradient, the update is `u - strength * r` in coordinates where
+    `u * r <= 0`, and `u` elsewhere. Where `decoupled(..., scope="element")` asks the
+    gradient of this step, this asks the optimizer's step, momentum included.
+
+    Args:
+      optimizer: any Optax optimizer, learning rate included.
+      strength: as in `decoupled`: factor of the regularizer's step, in units of the
+        parameters per step.
+      regularizer: of the weights, or a dict of several, as in `decoupled`.
+      mask: as in `dtnh`.
+
+    Returns:
+      A complete optimizer; its output is added to the parameters.
+
+    Raises:
+      ValueError: for values that are out of range or trees that do not match.
+      TypeError: for arguments of another kind.
+
+    Example:
+      >>> from dtnh_jax import GradientPair, cautious
+      >>> tx = cautious(optax.sgd(1.0), strength=0.5)
+      >>> g, r = jnp.array([1.0, 1.0]), jnp.array([2.0, -2.0])
+      >>> updates, _ = tx.update(GradientPair(g, r), tx.init(g), g)
+      >>> print(updates)
+      [-2. -1.]
+
+    References:
+      Chen et al., 2025, "Cautious weight decay", https://arxiv.org/abs/2510.12402
+
+    Differs from the paper in that `r` may be the gradient of any regularizer.
+    """
+    check_optimizer("optimizer", optimizer)
+    optimizer = optax.with_extra_args_support(optimizer)
+    options = checked_options(rules.gate, strength, regularizer, "element", mask=mask)
+
+    def init(params):
+        return DecoupledState(init_state(options, params), optimizer.init(params), None)
+
+    def update(updates, state, params=None, *, regularizer_grads=None, **extra_args):
+        loss, gradients = given(
+            options, updates, regularizer_grads, params, state.conflict.anchor
+        )
+        updates, inner = optimizer.update(loss, state.optimizer, params, **extra_args)
+        # The gate of steps instead of gradients: `-u` is the direction of descent.
+        back = jax.tree.map(lambda x: -x if is_trainable(x) else x, updates)
+        leaves, part, conflict = resolve(
+            options, state.conflict, back, gradients, params
+        )
+        return leaves.subtracted(updates, part), DecoupledState(conflict, inner, None)
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,29 +1,47 @@
 """The transformations that add a regularizer's gradient to the loss gradient."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Int, PyTree
 
 from dtnh_jax import rules
-from dtnh_jax._axes import AxisName
-from dtnh_jax._given import Getters, checked_regularizers, given_gradients
-from dtnh_jax._options import Mask, Number, Options, Stages, Strength
-from dtnh_jax._part import Scope
-from dtnh_jax._protect import (
-    ConflictState,
-    add_parts,
-    init_state,
-    regularizer_parts,
+from dtnh_jax._arguments import Number, Options, Strength, checked_options
+from dtnh_jax._axes import AxisName, check_parts
+from dtnh_jax._geometry import (
+    Measured,
+    Scope,
+    clipped,
+    coefficients,
+    groups_of,
+    unmeasured,
 )
+from dtnh_jax._trees import AlignedLeaves, Mask, aligned, given
 from dtnh_jax.regularizers.weights import WeightRegularizer
+from dtnh_jax.rules._gram import Coefficients, Gram
+
+
+class ConflictState(NamedTuple):
+    """State of a transformation that resolves conflicts."""
+
+    # Updates so far with a finite protected gradient, as under `optax.apply_if_finite`.
+    step: Int[Array, ""]
+    # The moving average of the protected gradient, from zero; None where none is kept.
+    ema: PyTree
+    # Parameters at `init`, for a self-anchored regularizer; None elsewhere. Like
+    # `measured` a dict by name where there are several regularizers.
+    anchor: PyTree
+    measured: Measured | dict[str, Measured]
 
 
 def dtnh(
     strength: Strength | Mapping[str, Strength],
     *,
     scope: Scope = "global",
-    reference_decay: Number | None = None,
-    trust_ratio: Number | None = None,
+    ema_decay: Number | None = None,
+    max_ratio: Strength | None = None,
     mask: Mask | None = None,
     axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -44,9 +62,9 @@ def dtnh(
         (one output channel: all axes but the last), `"element"`, or labels of the
         parameters, a tree or a function as `optax.partition` takes them. A finer
         scope implies the guarantees of every coarser one.
-      reference_decay: protect the moving average of the loss gradient with this decay
+      ema_decay: protect the moving average of the loss gradient with this decay
         per step, instead of the gradient of this mini-batch.
-      trust_ratio: at most how long the regularizer's part of the update may be, as a
+      max_ratio: at most how long the regularizer's part of the update may be, as a
         multiple of the protected gradient's norm in the same group (per leaf at
         element scope). The part is all that is added to the loss gradient; rules that
         shorten that gradient, such as `rules.mgda`, have it in their part too.
@@ -87,27 +105,27 @@ def dtnh(
         rules.dtnh,
         strength,
         scope=scope,
-        reference_decay=reference_decay,
-        trust_ratio=trust_ratio,
+        ema_decay=ema_decay,
+        max_ratio=max_ratio,
         mask=mask,
         axis_name=axis_name,
     )
 
 
 def resolve_conflicts(
-    rule: rules.Rule | Stages,
+    rule: rules.Rule,
     strength: Strength | Mapping[str, Strength],
     *,
     scope: Scope = "global",
-    reference_decay: Number | None = None,
-    trust_ratio: Number | None = None,
+    ema_decay: Number | None = None,
+    max_ratio: Strength | None = None,
     mask: Mask | None = None,
     axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Adds a regularizer's gradient to the loss gradient, as far as `rule` allows.
 
     With `g` the loss gradient, `m` the gradient that is protected (`g`, or with
-    `reference_decay` its moving average) and `r` the regularizer's gradient times
+    `ema_decay` its moving average) and `r` the regularizer's gradient times
     `strength`, the update is `g + (w[0] - 1) * m + w[1] * r`, where `w = rule(G)` and
     `G` is the Gram matrix of `(m, r)` in each group of `scope`.
 
@@ -136,8 +154,8 @@ def resolve_conflicts(
         `[(rules.gate, "leaf"), (rules.dtnh, "element")]`.
       strength: as in `dtnh`.
       scope: as in `dtnh`.
-      reference_decay: as in `dtnh`.
-      trust_ratio: as in `dtnh`.
+      ema_decay: as in `dtnh`.
+      max_ratio: as in `dtnh`.
       mask: as in `dtnh`.
       axis_name: as in `dtnh`.
 
@@ -157,37 +175,21 @@ def resolve_conflicts(
       >>> print(updates["w"])
       [0.5 1. ]
     """
-    options = Options.checked(
-        rule,
-        strength,
-        scope,
-        reference_decay,
-        trust_ratio,
-        mask,
-        axis_name=axis_name,
-    )
-
-    def init(params):
-        return init_state(options, params)
-
-    def update(updates, state, params=None, *, regularizer_grads=None, **extra_args):
-        del extra_args
-        loss, getters = given_gradients(
-            options, None, updates, regularizer_grads, params
+    return _resolving(
+        checked_options(
+            rule, strength, None, scope, ema_decay, max_ratio, mask, axis_name
         )
-        return _add_parts(options, loss, getters, state, params)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    )
 
 
 def add_regularizer(
     regularizer: WeightRegularizer | Mapping[str, WeightRegularizer],
     strength: Strength | Mapping[str, Strength],
     *,
-    rule: rules.Rule | Stages | None = None,
+    rule: rules.Rule | None = None,
     scope: Scope = "global",
-    reference_decay: Number | None = None,
-    trust_ratio: Number | None = None,
+    ema_decay: Number | None = None,
+    max_ratio: Strength | None = None,
     mask: Mask | None = None,
     axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -202,8 +204,8 @@ def add_regularizer(
         where there are several.
       rule: how conflicts are resolved; `rules.dtnh` by default.
       scope: as in `dtnh`.
-      reference_decay: as in `dtnh`.
-      trust_ratio: as in `dtnh`.
+      ema_decay: as in `dtnh`.
+      max_ratio: as in `dtnh`.
       mask: as in `dtnh`.
       axis_name: as in `dtnh`.
 
@@ -225,35 +227,137 @@ def add_regularizer(
       >>> grads = {"w": jnp.array([1.0, 1.0])}
       >>> updates, state = tx.update(grads, state, params)
     """
-    options = Options.checked(
-        rules.dtnh if rule is None else rule,
-        strength,
-        scope,
-        reference_decay,
-        trust_ratio,
-        mask,
-        axis_name=axis_name,
+    return _resolving(
+        checked_options(
+            rule, strength, regularizer, scope, ema_decay, max_ratio, mask, axis_name
+        )
     )
-    regularizers = checked_regularizers(options, regularizer)
 
+
+def _resolving(options: Options) -> optax.GradientTransformationExtraArgs:
     def init(params):
         return init_state(options, params)
 
-    def update(updates, state, params=None, **extra_args):
+    def update(
+        updates,
+        state,
+        params=None,
+        *,
+        regularizer_grads=None,
+        held_out_grads=None,
+        **extra_args,
+    ):
         del extra_args
-        loss, getters = given_gradients(options, regularizers, updates, None, params)
-        return _add_parts(options, loss, getters, state, params)
+        loss, gradients = given(
+            options, updates, regularizer_grads, params, state.anchor
+        )
+        leaves, part, state = resolve(
+            options, state, loss, gradients, params, held_out_grads
+        )
+        g = leaves.pick(loss, "updates")
+        return leaves.restore([x + y for x, y in zip(g, part)]), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _add_parts(
+def init_state(options: Options, params: optax.Params) -> ConflictState:
+    """Returns the state before the first update; shapes and dtypes suffice."""
+    leaves = aligned(params, [], options.mask, params)
+    rows = groups_of(options.scope, leaves, params, options.axes).row_count
+    return ConflictState(
+        step=jnp.zeros([], jnp.int32),
+        ema=None if options.ema_decay is None else leaves.zeros(),
+        anchor=init_anchors(options, params),
+        measured=options.join({name: unmeasured(rows) for name in options.strengths}),
+    )
+
+
+def init_anchors(options: Options, params: optax.Params) -> PyTree:
+    """Returns what self-anchored regularizers keep of the first parameters."""
+    regularizers = options.regularizers or {}
+    if not any(each.anchor for each in regularizers.values()):
+        return None
+    return options.join(
+        {name: r.anchor and r.anchor(params) for name, r in regularizers.items()}
+    )
+
+
+def resolve(
     options: Options,
-    loss: optax.Updates,
-    getters: Getters,
     state: ConflictState,
+    loss: optax.Updates,
+    gradients: Mapping[str, Callable[[], optax.Updates]],
     params: optax.Params | None,
-) -> tuple[optax.Updates, ConflictState]:
-    """The update of every transformation here: the loss gradient plus what is left."""
-    layout, parts, state = regularizer_parts(options, loss, getters, state, params)
-    return add_parts(layout, parts), state
+    held_out_grads: optax.Updates | None = None,
+    ask: Callable[[rules.Rule, Gram], Coefficients] = coefficients,
+    lengths: optax.Updates | None = None,
+) -> tuple[AlignedLeaves, list[Array], ConflictState]:
+    """Resolves every regularizer's gradient against the gradient that is protected.
+
+    Args:
+      options: of the transformation.
+      state: before the update.
+      loss: gradient `g` of the loss.
+      gradients: by name, functions that return a gradient `r`, before its strength.
+      params: the parameters, for masks and labels that are functions of them.
+      held_out_grads: gradient of a loss on held-out examples, to protect instead of g.
+      ask: asks the rule about a Gram matrix.
+      lengths: a tree whose norms `max_ratio` is of, instead of the protected one's.
+
+    Returns:
+      The leaves that take part; what all regularizers add there; the next state.
+    """
+    params = loss if params is None else params
+    leaves = aligned(loss, [r() for r in gradients.values()], options.mask, params)
+    groups = groups_of(options.scope, leaves, params, options.axes)
+    g = leaves.pick(loss, "updates")
+    check_parts(g, leaves.pick(params, "params"), options.axes)
+    if held_out_grads is not None:
+        g = leaves.pick(held_out_grads, "held_out_grads")
+    m, ema = averaged(leaves, g, state, options.ema_decay)
+    rho, longest = options.max_ratio_at(state.step), None
+    if rho is not None and lengths is not None:
+        u = leaves.pick(lengths, "updates")
+        longest = groups.measure(u, lambda: u).groups
+
+    total, measured = [0.0] * len(m), {}
+    for name, before in options.by_name(state.measured, "state.measured").items():
+        r = leaves.getter(gradients[name], "regularizer_grads")
+        strength = options.strength_at(name, state.step)
+        seen = groups.measure(m, r, strength)  # Gram matrices of m and r, by group
+        c = [ask(options.rule, gram) for gram in seen.groups]
+        bounded = clipped(c, seen.groups, rho, longest)
+        part = groups.contribution(bounded, m, r(), strength)  # c.g * m + c.r * r
+        total = [x + y for x, y in zip(total, part)]
+        measured[name] = groups.record(seen, c, m, r(), before)
+
+    # A gradient that is not finite is forgotten, as under `optax.apply_if_finite`.
+    sums = next(iter(measured.values())).gram[:, 0]
+    is_finite = jnp.all(jnp.isfinite(sums))
+    if state.ema is not None:
+        olds = leaves.pick(state.ema, "state.ema")
+        ema = [jnp.where(is_finite, *each) for each in zip(ema, olds)]
+        ema = leaves.onto(state.ema, ema)
+    return (
+        leaves,
+        total,
+        ConflictState(
+            step=jnp.where(is_finite, optax.safe_increment(state.step), state.step),
+            ema=ema,
+            anchor=state.anchor,
+            measured=options.join(measured),
+        ),
+    )
+
+
+def averaged(
+    leaves: AlignedLeaves, g: list[Array], state: ConflictState, decay: Number | None
+) -> tuple[list[Array], Any]:
+    """Returns a gradient's moving average, and the same with its bias towards zero."""
+    if decay is None:
+        return g, None
+    decay = jnp.asarray(decay, jnp.float32)
+    unbias = 1 / (1 - decay ** (state.step + 1).astype(jnp.float32))
+    old = leaves.pick(state.ema, "state.ema")
+    new = [decay * m + (1 - decay) * x for m, x in zip(old, g)]
+    return [unbias * m for m in new], new

@@ -1,15 +1,17 @@
-"""Two trees of gradients side by side, leaf by leaf, whatever is missing in either."""
+"""Two trees side by side, leaf by leaf, whatever is missing in either."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from dtnh_jax.gradients import GradientPair
+from dtnh_jax._gradients import GradientPair
+
+Mask = PyTree[bool] | Callable[[PyTree], PyTree[bool]]
+_VALUE = jax.tree_util.GetAttrKey("value")
 
 
 def is_missing(leaf: Any) -> bool:
@@ -17,15 +19,18 @@ def is_missing(leaf: Any) -> bool:
     return leaf is None or isinstance(leaf, optax.MaskedNode)
 
 
+def is_trainable(leaf: Any) -> bool:
+    """Whether a leaf has an inner product: floating or complex, and not missing."""
+    if is_missing(leaf):
+        return False
+    dtype = jax.dtypes.result_type(leaf)
+    # Numbers of 8 bits are scales of quantized layers, not gradients of parameters.
+    return jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize > 1
+
+
 def flatten(tree: PyTree) -> tuple[list[Any], Any]:
     """Like `jax.tree.flatten`, with missing leaves kept in the list."""
     return jax.tree.flatten(tree, is_leaf=is_missing)
-
-
-def names(tree: PyTree) -> list[str]:
-    """Returns the path of each leaf, missing ones included, such as `dense/kernel`."""
-    paths, _ = jax.tree.flatten_with_path(tree, is_leaf=is_missing)
-    return [path_name(path) for path, _ in paths]
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -33,11 +38,29 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def is_trainable(leaf: Any) -> bool:
-    """Whether a leaf has an inner product: floating or complex, and not missing."""
-    if is_missing(leaf):
-        return False
-    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+def names(tree: PyTree) -> list[str]:
+    """Returns the path of each leaf, missing ones included, such as `dense/kernel`.
+
+    Variables of NNX, and boxes of linen, have the path of their value.
+    """
+    paths, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_missing)
+    is_box = [bool(path) and path[-1] == _VALUE for path, _ in paths]
+    return [
+        path_name(path[:-1] if boxed else path)
+        for boxed, (path, _) in zip(is_box, paths)
+    ]
+
+
+def sum_dtype(x: Any) -> Any:
+    """The dtype of sums: float32, or complex or double precision where `x` is."""
+    dtype = jax.dtypes.result_type(x)
+    is_single = jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize >= 4
+    return dtype if is_single else jnp.dtype(jnp.float32)
+
+
+def as_float32(x: Any) -> Array:
+    """Casts to at least single precision, see `sum_dtype`."""
+    return jnp.asarray(x).astype(sum_dtype(x))
 
 
 def split_pair(updates: PyTree, regularizer_grads: PyTree | None) -> GradientPair:
@@ -75,53 +98,121 @@ def split_pair(updates: PyTree, regularizer_grads: PyTree | None) -> GradientPai
     return GradientPair(updates, regularizer_grads)
 
 
-class Layout(NamedTuple):
-    """The leaves that take part in conflicts, and how to put them back.
+def given(
+    options: Any,
+    updates: optax.Updates,
+    regularizer_grads: Any,
+    params: optax.Params | None,
+    anchor: PyTree,
+) -> tuple[optax.Updates, dict[str, Callable[[], optax.Updates]]]:
+    """Sorts what `update` is given into the loss gradient and the regularizers'.
 
-    A leaf takes part if it is trainable in the loss's gradient or in a regularizer's,
-    and neither masked out here nor by Optax. Where one of the gradients lacks it,
-    zeros stand in.
+    Args:
+      options: of the transformation.
+      updates: a pair, or the loss gradient.
+      regularizer_grads: the others, where `updates` is no pair.
+      params: what regularizers of the weights compute their gradients from.
+      anchor: what self-anchored ones among them have kept.
+
+    Returns:
+      The loss gradient, and by name functions that return the others. Those of
+      regularizers of the weights compute them anew at every call.
+    """
+    if options.regularizers is None:
+        loss, grads = split_pair(updates, regularizer_grads)
+        grads = options.by_name(grads, "regularizer_grads")
+        return loss, {name: lambda r=r: r for name, r in grads.items()}
+    if params is None:
+        raise ValueError(
+            "`params` must be given to `update`, because the regularizer's gradient is "
+            "computed from them, got None."
+        )
+    gradients = {}
+    for name, regularizer in options.regularizers.items():
+        kept = []
+        if regularizer.anchor is not None:
+            kept = [options.by_name(anchor, "state.anchor")[name]]
+        gradients[name] = recomputed(regularizer.gradient, params, *kept)
+    return updates, gradients
+
+
+class AlignedLeaves(NamedTuple):
+    """The leaves of the loss gradient that take part in conflicts.
+
+    A leaf takes part if it is trainable in the loss gradient or in a regularizer's, and
+    masked out neither here nor by Optax. Where one of them lacks it, zeros stand in.
     """
 
-    tree: PyTree  # the gradient of the loss
-    at: list[int]  # which of its leaves take part
-    xs: list[Array]  # these leaves
+    tree: PyTree  # the loss gradient
+    places: list[int]  # which of its leaves take part
+    like: list[Any]  # for each of these an array of its shape and dtype
 
-    def gather(self, tree: PyTree, name: str) -> list[Array]:
-        """Returns the leaves of another tree that take part, zeros where missing."""
-        leaves = align(tree, self.tree, name, "loss")
-        return [_or_zeros(leaves[i], x) for i, x in zip(self.at, self.xs)]
-
-    def pick(self, tree: PyTree) -> list[Any]:
-        """Returns the same leaves of a tree of the same structure."""
-        leaves, _ = flatten(tree)
-        return [leaves[i] for i in self.at]
-
-    def scatter(
-        self, values: list[Array], onto: PyTree | None = None, others: Any = None
-    ) -> PyTree:
-        """Puts values in the places of the leaves that take part.
+    def pick(self, tree: PyTree, name: str) -> list[Array]:
+        """Returns leaves that take part of a tree like the loss gradient, in float32.
 
         Args:
-          values: as many as leaves that take part.
-          onto: the tree that keeps its other leaves; the loss's gradient by default.
-          others: what stands for all other leaves instead, if given.
+          tree: of gradients or parameters; missing leaves are zeros.
+          name: of the argument, for errors.
         """
-        leaves, treedef = flatten(self.tree if onto is None else onto)
-        if others is not None:
-            leaves = [others] * len(leaves)
-        for i, value in zip(self.at, values):
+        leaves = align(tree, self.tree, name, "loss")
+        return [
+            as_float32(leaves[i])
+            if is_trainable(leaves[i])
+            else jnp.zeros(jnp.shape(x), sum_dtype(x))
+            for i, x in zip(self.places, self.like)
+        ]
+
+    def restore(self, values: Sequence[Array]) -> PyTree:
+        """Puts values in their places, in the dtypes that the leaves there had."""
+        leaves, treedef = flatten(self.tree)
+        for i, value, x in zip(self.places, values, self.like):
+            leaves[i] = value.astype(jax.dtypes.result_type(x))
+        return jax.tree.unflatten(treedef, leaves)
+
+    def getter(self, gradient: Callable[[], PyTree], name: str) -> Callable[[], Any]:
+        """Returns a function that picks from what `gradient` returns, at every call."""
+        return lambda: self.pick(gradient(), name)
+
+    def onto(self, tree: PyTree, values: Sequence[Array]) -> PyTree:
+        """Puts values in their places in a tree like the loss gradient."""
+        leaves, treedef = flatten(tree)
+        places = self.places
+        if treedef != flatten(self.tree)[1]:
+            there, here = names(tree), names(self.tree)
+            places = [there.index(here[i]) for i in places]
+        for i, value in zip(places, values):
             leaves[i] = value
         return jax.tree.unflatten(treedef, leaves)
 
+    def subtracted(self, tree: PyTree, values: Sequence[Array]) -> PyTree:
+        """Returns a tree like the loss gradient less values, where it has leaves."""
+        leaves = align(tree, self.tree, "updates", "loss")
+        return self.onto(
+            tree,
+            [
+                (as_float32(leaves[i]) - value).astype(leaves[i].dtype)
+                if is_trainable(leaves[i])
+                else leaves[i]
+                for i, value in zip(self.places, values)
+            ],
+        )
 
-def layout(
-    loss: PyTree, regularizers: list[PyTree], mask: Any, params: PyTree
-) -> Layout:
-    """Finds out which leaves take part in conflicts.
+    def zeros(self) -> PyTree:
+        """Zeros in at least float32, and `optax.MaskedNode` where none takes part."""
+        leaves, treedef = flatten(self.tree)
+        leaves = [optax.MaskedNode()] * len(leaves)
+        for i, x in zip(self.places, self.like):
+            leaves[i] = jnp.zeros_like(x, sum_dtype(x))
+        return jax.tree.unflatten(treedef, leaves)
+
+
+def aligned(
+    loss: PyTree, regularizers: Sequence[PyTree], mask: Mask | None, params: PyTree
+) -> AlignedLeaves:
+    """Finds the leaves that take part in conflicts.
 
     Args:
-      loss: gradient of the loss, or parameters.
+      loss: gradient of the loss, or parameters; shapes and dtypes suffice.
       regularizers: gradients of the regularizers.
       mask: a prefix tree of bools, a function of `params` to one, or None.
       params: what a mask is a function of.
@@ -136,17 +227,13 @@ def layout(
     if mask is not None:
         mask = mask(params) if callable(mask) else mask
         chosen = prefix_leaves(mask, loss, "mask")
-    at, xs = [], []
+    places, like = [], []
     for i, (g, *rs) in enumerate(zip(*columns)):
         stands = [leaf for leaf in (g, *rs) if is_trainable(leaf)]
         if chosen[i] and stands and (g is None or is_trainable(g)):
-            at.append(i)
-            xs.append(_or_zeros(g, stands[0]))
-    return Layout(loss, at, xs)
-
-
-def _or_zeros(leaf: Any, like: Array | np.ndarray) -> Array:
-    return jnp.asarray(leaf) if is_trainable(leaf) else jnp.zeros_like(like)
+            places.append(i)
+            like.append(stands[0])
+    return AlignedLeaves(loss, places, like)
 
 
 def align(tree: PyTree, like: PyTree, name: str, like_name: str) -> list[Any]:
@@ -224,11 +311,35 @@ def prefix_leaves(prefix: PyTree, like: PyTree, name: str) -> list[Any]:
     return leaves
 
 
-def single(x: Array | np.ndarray) -> Any:
-    """The dtype for sums: at least float32; complex or double precision is kept."""
-    return jnp.promote_types(x.dtype, jnp.float32)
+def prevent_cse(tree: PyTree) -> PyTree:
+    """Returns the same values, of which XLA does not know that they are the same.
+
+    Two sums and an update that share a gradient in closed form would have it written
+    to memory in between, on a CPU; on other devices they can become one kernel, which
+    reads each array once, unless a barrier stands between them.
+    """
+    if jax.default_backend() != "cpu":
+        return tree
+    # Leaf by leaf, since in `jax.shard_map` they may vary over different axes.
+    return jax.tree.map(jax.lax.optimization_barrier, tree)
 
 
-def as_float32(x: Array | np.ndarray) -> Array:
-    """Casts to at least single precision, see `single`."""
-    return jnp.asarray(x).astype(single(x))
+def recomputed(
+    function: Callable[..., PyTree], tree: PyTree, *args: PyTree
+) -> Callable[[], PyTree]:
+    """Returns a function that computes `function(tree, *args)` anew at every call.
+
+    The function is traced once. Outside of jit it is computed once, too.
+    """
+    if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((tree, args))):
+        value = function(tree, *args)
+        return lambda: value
+    compiled, known = jax.jit(function), tree
+
+    def compute():
+        nonlocal known
+        value = compiled(known, *args)
+        known = prevent_cse(known)
+        return value
+
+    return compute

@@ -11,9 +11,9 @@ from flax.training import train_state
 from jaxtyping import Array, PRNGKeyArray
 
 from dtnh_jax import _layers
+from dtnh_jax._gradients import value_and_gradient_pair
 from dtnh_jax._layers import Layers
 from dtnh_jax._linen_scaling import scale_features
-from dtnh_jax.gradients import value_and_gradient_pair
 
 __all__ = [
     "Forward",

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import filterlib
 
-from dtnh_jax import _layers, gradients
+from dtnh_jax import _gradients, _layers
+from dtnh_jax._gradients import GradientPair
 from dtnh_jax._layers import Layers
 from dtnh_jax._nnx_calls import scale_features, wrapped_calls
-from dtnh_jax.gradients import GradientPair
 
 __all__ = [
     "capture_features",
@@ -113,7 +113,7 @@ def value_and_gradient_pair(
             _, _, new = nnx.split(inner, is_trained, ...)
             return values, (aux, _changes(rest, new))
 
-        (values, (aux, changes)), pair = gradients.value_and_gradient_pair(
+        (values, (aux, changes)), pair = _gradients.value_and_gradient_pair(
             of_trained, has_aux=True
         )(trained)
         nnx.update(nodes, changes)

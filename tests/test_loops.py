@@ -190,7 +190,7 @@ STEP = linen.train_step(
     ),
 )
 DONATING_STEP = jax.jit(STEP, donate_argnums=0)
-TX = optax.chain(dtnh(1.0, reference_decay=0.9), optax.adamw(0.05))
+TX = optax.chain(dtnh(1.0, ema_decay=0.9), optax.adamw(0.05))
 
 
 def linen_state():
@@ -210,7 +210,7 @@ def test_a_restored_state_continues_bit_by_bit(tmp_path):
         checkpointer.save(tmp_path / "state", state)
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(tmp_path / "state", abstract)
-    assert restored.opt_state[0].reference is not None
+    assert restored.opt_state[0].ema is not None
     for _ in range(3):
         state, metrics = DONATING_STEP(state, BATCH, KEY, SOURCE)
         restored, restored_metrics = DONATING_STEP(restored, BATCH, KEY, SOURCE)
@@ -267,9 +267,9 @@ def primitives(jaxpr):
 def test_no_update_calls_back_to_the_host(scope):
     params = as_haiku(dense_weights(jax.random.key(0)))
     pull = add_regularizer(
-        l2_sp(params), optax.linear_schedule(0.0, 1.0, 5), scope=scope, trust_ratio=0.5
+        l2_sp(params), optax.linear_schedule(0.0, 1.0, 5), scope=scope, max_ratio=0.5
     )
-    tx = optax.chain(dtnh(1.0, scope=scope, reference_decay=0.9), pull)
+    tx = optax.chain(dtnh(1.0, scope=scope, ema_decay=0.9), pull)
     pair = GradientPair(params, jax.tree.map(jnp.cos, params))
     jaxpr = jax.make_jaxpr(tx.update)(pair, tx.init(params), params).jaxpr
     names = primitives(jaxpr)

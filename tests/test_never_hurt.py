@@ -8,8 +8,7 @@ import pytest
 from scipy import stats
 
 from dtnh_jax import GradientPair, conflict_metrics, never_hurt
-from dtnh_jax._confidence import confidence
-from dtnh_jax._never_hurt import Ingredients, with_ingredients
+from dtnh_jax._never_hurt import confidence
 from dtnh_jax.regularizers import l2_sp
 
 SHAPES = {"kernel": (4, 3), "bias": (3,)}
@@ -34,7 +33,7 @@ def history(tx, pairs, params=None):
     return found, state
 
 
-def exact(pairs, strength, decay, ratio, parts=Ingredients()):  # noqa: B008
+def exact(pairs, strength, decay, ratio):
     """The same in float64, with the weights of the average written out."""
     found = []
     for now in range(1, len(pairs) + 1):
@@ -52,36 +51,10 @@ def exact(pairs, strength, decay, ratio, parts=Ingredients()):  # noqa: B008
                 variance = (square - mean**2) / (1 - squares)  # of one gradient
                 t = mean * np.sign(y) / np.sqrt(variance * squares)
                 sure = np.maximum(2 * stats.t.cdf(t, 1 / squares - 1) - 1, 0)
-            if not parts.confidence:
-                sure = np.float64(mean * y > 0)
-            if parts.gate and np.sum(mean * y) < 0:
-                sure = 0 * sure
-            part = sure * np.abs(y)
-            if parts.bound:
-                part = np.minimum(part, ratio * np.abs(mean))
-            part = np.sign(y) * part
+            part = np.sign(y) * np.minimum(sure * np.abs(y), ratio * np.abs(mean))
             update[name] = g[-1] + part
         found.append(update)
     return found
-
-
-@pytest.mark.parametrize("part", Ingredients._fields)
-def test_any_part_of_it_can_be_left_out_or_put_in(part):
-    parts = Ingredients(**{part: not getattr(Ingredients(), part)})
-    pairs = [
-        GradientPair(
-            jax.tree.map(np.add, tree(1, 0.5), tree(10 + step)), tree(50 + step % 2)
-        )
-        for step in range(6)
-    ]
-    found, _ = history(with_ingredients(parts, 3.0), pairs)
-    whole, _ = history(never_hurt(3.0), pairs)
-    differs = False
-    for ours, other, theirs in zip(found, whole, exact(pairs, 3.0, 0.9, 1.0, parts)):
-        for name in SHAPES:
-            np.testing.assert_allclose(ours[name], theirs[name], atol=0.05)
-            differs |= bool(np.abs(ours[name] - other[name]).max() > 0.1)
-    assert differs
 
 
 @pytest.mark.parametrize("strength", [0.01, 1.0, 1e4])
@@ -94,7 +67,7 @@ def test_it_is_students_confidence_bounded_by_the_mean(strength, decay, ratio):
         )
         for step in range(12)
     ]
-    tx = never_hurt(strength, reference_decay=decay, trust_ratio=ratio)
+    tx = never_hurt(strength, ema_decay=decay, max_ratio=ratio)
     found, _ = history(tx, pairs)
     added = 0
     for ours, theirs, pair in zip(found, exact(pairs, strength, decay, ratio), pairs):
@@ -137,26 +110,22 @@ def test_the_first_step_and_strength_zero_are_the_loss_alone():
     chex.assert_trees_all_equal(found, [pair.loss for pair in pairs])
 
 
-@pytest.mark.parametrize("has_gate", [False, True])
-def test_only_a_gate_leaves_out_all_of_a_leaf_in_conflict(has_gate):
-    # All steps the same: nothing is uncertain, and parts that agree are kept.
+def test_numbers_that_agree_are_kept_beside_others_of_their_leaf():
+    # All steps the same: nothing is uncertain, and what agrees is kept.
     g = {"kernel": np.ones((4, 3), np.float32), "bias": np.ones(3, np.float32)}
     r = {
         "kernel": np.float32([[-1, -1, 1]] * 4),
         "bias": np.float32([1, 1, -1]),
     }
-    tx = with_ingredients(Ingredients(gate=True), 1.0) if has_gate else never_hurt(1.0)
-    found, state = history(tx, [GradientPair(g, r)] * 5)
-    kernel = [1, 1, 1] if has_gate else [1, 1, 2]
-    np.testing.assert_allclose(found[-1]["kernel"], [kernel] * 4, rtol=1e-5)
+    found, state = history(never_hurt(1.0), [GradientPair(g, r)] * 5)
+    np.testing.assert_allclose(found[-1]["kernel"], [[1, 1, 2]] * 4, rtol=1e-5)
     np.testing.assert_allclose(found[-1]["bias"], [2, 2, 1], rtol=1e-5)
     seen = conflict_metrics(state)
     np.testing.assert_allclose(seen["conflict"], (8 + 1) / 15, rtol=1e-6)
-    removed = 1 - np.sqrt((2 if has_gate else 6) / 15)
-    np.testing.assert_allclose(seen["removed"], removed, rtol=1e-4)
+    np.testing.assert_allclose(seen["removed"], 1 - np.sqrt(6 / 15), rtol=1e-4)
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e6, 1e30])
+@pytest.mark.parametrize("scale", [1e-15, 1e-6, 1e6, 1e15])
 def test_it_is_the_same_at_any_scale(scale):
     def pairs(scale):
         return [
@@ -214,7 +183,7 @@ def test_what_is_not_finite_is_left_out_and_forgotten():
 
 
 def test_options_out_of_range_are_named():
-    with pytest.raises(ValueError, match="`reference_decay` must be at least 0 and be"):
-        never_hurt(reference_decay=1.0)
-    with pytest.raises(ValueError, match="`trust_ratio` must be at least 0"):
-        never_hurt(trust_ratio=-1.0)
+    with pytest.raises(ValueError, match="`ema_decay` must be at least 0 and be"):
+        never_hurt(ema_decay=1.0)
+    with pytest.raises(ValueError, match="`max_ratio` must be at least 0"):
+        never_hurt(max_ratio=-1.0)

@@ -289,10 +289,10 @@ def test_nnx_optimizers_take_a_pair(as_pair):
         (lambda: dtnh({}), "`strength` must name each regularizer"),
         (lambda: dtnh(1.0, scope="layer"), "`scope` must be one of global, leaf, unit"),
         (
-            lambda: dtnh(1.0, reference_decay=1.0),
-            "`reference_decay` must be .* below 1",
+            lambda: dtnh(1.0, ema_decay=1.0),
+            "`ema_decay` must be .* below 1",
         ),
-        (lambda: dtnh(1.0, trust_ratio=-1), "`trust_ratio` must be at least 0"),
+        (lambda: dtnh(1.0, max_ratio=-1), "`max_ratio` must be at least 0"),
         (lambda: add_regularizer(l2(), {"a": 1.0}), "`regularizer` must be a dict"),
         (lambda: dtnh(1.0).update(G, dtnh(1.0).init(G)), "`regularizer_grads` must be"),
         (
@@ -325,7 +325,7 @@ def test_wrong_values_are_named(call, says):
         (lambda: dtnh(True), "strength"),
         (lambda: dtnh(jnp.ones(2)), "strength"),
         (lambda: dtnh(1.0, scope=None), "scope"),
-        (lambda: dtnh(1.0, trust_ratio="x"), "trust_ratio"),
+        (lambda: dtnh(1.0, max_ratio="x"), "max_ratio"),
         (lambda: resolve_conflicts("dtnh", 1.0), "rule"),
         (lambda: add_regularizer(lambda p: 0.0, 1.0), "regularizer"),
     ],

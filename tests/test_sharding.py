@@ -69,7 +69,7 @@ PARAMS, G, R = tree(0), tree(1), tree(2)
 def transformations(scopes, source):
     """Every scope, with every option that could gather something."""
     found = {
-        scope: dtnh(2.0, scope=scope, reference_decay=0.9, trust_ratio=0.5)
+        scope: dtnh(2.0, scope=scope, ema_decay=0.9, max_ratio=0.5)
         for scope in scopes
     }
     pull = add_regularizer(l2_sp(source), 2.0, scope=scopes[0])
@@ -162,9 +162,9 @@ def test_updates_are_those_of_one_device_and_nothing_is_gathered(
         ):
             np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5, err_msg=name)
         assert_same_shardings(updates, params)
-        if state.reference is not None:
-            assert_same_shardings(states[name].reference, params)
-            assert_same_shardings(state.reference, params)
+        if state.ema is not None:
+            assert_same_shardings(states[name].ema, params)
+            assert_same_shardings(state.ema, params)
     found = collectives(compiled)
     assert found
     for kind_of_collective, shapes in found:

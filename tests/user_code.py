@@ -39,7 +39,7 @@ def train(params: Params, x: jax.Array) -> Params:
         ),
         dtnh({"features": 0.1, "logits": warm_up}, scope={"body": "a", "head": "b"}),
         accumulate_pairs(dtnh(0.1, mask=lambda p: {"body": True, "head": False}), 4),
-        decoupled(optax.adamw(1e-3), 1e-4, trust_ratio=1.0),
+        decoupled(optax.adamw(1e-3), 1e-4, max_ratio=1.0),
     ):
         state = tx.init(params)
         (loss, _), pair = value_and_gradient_pair(objective)(params, x)

@@ -1,19 +1,19 @@
 """Rules that put the loss first: its progress is at least what `g` alone makes.
 
-Each returns the weights of the part that it adds to `g`, of `g` and of `r`.
+Each is written as what it adds to `g`: coefficients of `g` and of `r`.
 """
 
 from typing import Any
 
 import jax.numpy as jnp
 
-from dtnh_jax.rules._gram import Gram, from_part, ratio
+from dtnh_jax.rules._gram import AnyGram, from_coefficients, ratio
 
-Part = tuple[Any, Any]
+Coefficients = tuple[Any, Any]  # what is added to `g`: weights of `g` and of `r`
 
 
-@from_part
-def weighted_sum(gram: Gram) -> Part:
+@from_coefficients
+def weighted_sum(gram: AnyGram) -> Coefficients:
     """No resolution: `g + r`, the gradient of the regularized loss.
 
     The one rule of this file that promises the loss nothing.
@@ -25,8 +25,8 @@ def weighted_sum(gram: Gram) -> Part:
     return 0, jnp.ones_like(gram[..., 0, 0])
 
 
-@from_part
-def dtnh(gram: Gram) -> Part:
+@from_coefficients
+def dtnh(gram: AnyGram) -> Coefficients:
     """Projects the regularizer away from the loss where they conflict.
 
     The update is `g + r - min(0, <g, r>) / ||g||^2 * g`: the point nearest to `g + r`
@@ -47,8 +47,8 @@ def dtnh(gram: Gram) -> Part:
     return -ratio(conflict, gram[..., 0, 0]), 1
 
 
-@from_part
-def gate(gram: Gram) -> Part:
+@from_coefficients
+def gate(gram: AnyGram) -> Coefficients:
     """Drops the regularizer where it conflicts with the loss.
 
     The update is `g + r` where `<g, r> >= 0` and `g` elsewhere, so it makes at least
@@ -71,8 +71,8 @@ def gate(gram: Gram) -> Part:
     return 0, is_kept.astype(gram[..., 0, 0].dtype)
 
 
-@from_part
-def orthogonal(gram: Gram) -> Part:
+@from_coefficients
+def orthogonal(gram: AnyGram) -> Coefficients:
     """Keeps only what the regularizer has at right angles to the loss.
 
     The update is `g + r - <g, r> / ||g||^2 * g`, whose progress is exactly that of `g`
@@ -86,14 +86,14 @@ def orthogonal(gram: Gram) -> Part:
       Hsieh et al., 2024, Bloop, https://arxiv.org/abs/2402.02998
 
     Differs from the paper, which projects on a moving average of `g`, and from its code
-    in that nothing is added to `||g||^2`. The average is the option `reference_decay`
+    in that nothing is added to `||g||^2`. The average is the option `ema_decay`
     of the transformations.
     """
     return -ratio(gram[..., 0, 1], gram[..., 0, 0]), 1
 
 
-@from_part
-def dynamic_barrier(gram: Gram) -> Part:
+@from_coefficients
+def dynamic_barrier(gram: AnyGram) -> Coefficients:
     """Follows the regularizer, and the loss only as far as its progress demands.
 
     The update is `max(0, 1 - <g, r> / ||g||^2) * g + r`: the point nearest to `r` that

@@ -1,0 +1,160 @@
+"""Two gradients from one forward pass."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+
+class GradientPair(NamedTuple):
+    """The gradients of a loss and of a regularizer, before the latter's strength.
+
+    A pytree, so it can be averaged over devices, donated or differentiated like any
+    gradient. `dtnh_jax.dtnh` and its kin take it in place of the gradient.
+
+    Attributes:
+      loss: gradient of the empirical loss, a tree like the parameters.
+      regularizer: gradient of the regularizer, a tree like the parameters, or a dict
+        of such trees by the names of several regularizers.
+    """
+
+    loss: PyTree
+    regularizer: PyTree
+
+
+def value_and_gradient_pair(
+    objective: Callable[..., Any], has_aux: bool = False
+) -> Callable[..., tuple[Any, GradientPair]]:
+    """Differentiates a loss and a regularizer that share a forward pass.
+
+    The forward pass is linearized once, and its linear map is transposed for each
+    output by itself. Compared with two calls of `jax.grad` this saves a forward pass;
+    compared with one `jax.vjp` and two one-hot cotangents it saves the products with
+    zeros, because the transpose for one output visits only what that output needs.
+
+    Args:
+      objective: maps `(params, *args)` to `(loss, regularizer)`, or with `has_aux` to
+        `((loss, regularizer), aux)`. The loss is a scalar; the regularizer is a
+        scalar, or a dict of scalars by name. The regularizer is without its strength.
+      has_aux: whether `objective` returns auxiliary data too, such as new batch
+        statistics. They come from the one forward pass and are not differentiated.
+
+    Returns:
+      A function of `(params, *args)` that returns `((loss, regularizer), pair)`, or
+      with `has_aux` `(((loss, regularizer), aux), pair)`.
+
+    Raises:
+      TypeError: on calling, if `objective` does not return a pair of scalars.
+
+    Example:
+      >>> def objective(params, x):
+      ...     return jnp.sum(params * x), 0.5 * jnp.sum(params**2)
+      >>> params, x = jnp.array([3.0, 4.0]), jnp.array([1.0, 2.0])
+      >>> (loss, regularizer), pair = value_and_gradient_pair(objective)(params, x)
+      >>> print(loss, regularizer, pair.loss, pair.regularizer)
+      11.0 12.5 [1. 2.] [3. 4.]
+    """
+    linearize = linearized(objective, has_aux)
+
+    def value_and_pair(params, *args, **kwargs):
+        at = linearize(params, *args, **kwargs)
+        _, regularizer = at.values
+        if isinstance(regularizer, dict):
+            of_regularizer = {
+                name: at.tree(at.gradient(lambda out, name=name: out[1][name]))
+                for name in regularizer
+            }
+        else:
+            of_regularizer = at.tree(at.gradient(lambda out: out[1]))
+        of_loss = at.tree(at.gradient(lambda out: out[0]))
+        pair = GradientPair(of_loss, of_regularizer)
+        return ((at.values, at.aux) if has_aux else at.values), pair
+
+    return value_and_pair
+
+
+class Linearized(NamedTuple):
+    """An objective at some parameters, after its forward pass."""
+
+    values: tuple[Any, Any]  # loss and regularizer
+    aux: Any
+    # Takes a linear function of the two values to a scalar, such as one of them, and
+    # returns its gradient with one backward pass: of the leaves that can be trained.
+    gradient: Callable[[Callable[[Any], Any]], list[Array]]
+    tree: Callable[[list[Array]], PyTree]  # of such a list, like the parameters
+    leaves: Callable[[PyTree], list[Array]]  # the inverse
+
+
+def linearized(
+    objective: Callable[..., Any], has_aux: bool
+) -> Callable[..., Linearized]:
+    """Returns a function that evaluates an objective and keeps its linear map."""
+
+    def linearize(params, *args, **kwargs):
+        leaves, treedef = jax.tree.flatten(params)
+        trained = [i for i, leaf in enumerate(leaves) if _is_inexact(leaf)]
+
+        def of_trained(values):
+            filled = list(leaves)
+            for i, value in zip(trained, values):
+                filled[i] = value
+            outputs = objective(jax.tree.unflatten(treedef, filled), *args, **kwargs)
+            values, aux = _split_outputs(outputs, has_aux)
+            return values, aux
+
+        primals = [leaves[i] for i in trained]
+        values, linear, aux = jax.linearize(of_trained, primals, has_aux=True)
+
+        def gradient(select):
+            (cotangents,) = jax.linear_transpose(lambda t: select(linear(t)), primals)(
+                jnp.ones_like(select(values))
+            )
+            return cotangents
+
+        def tree(cotangents):
+            gradients = [np.zeros(np.shape(x), jax.dtypes.float0) for x in leaves]
+            for i, cotangent in zip(trained, cotangents):
+                gradients[i] = cotangent
+            return jax.tree.unflatten(treedef, gradients)
+
+        def trained_leaves(gradients):
+            found = jax.tree.leaves(gradients)
+            return [found[i] for i in trained]
+
+        return Linearized(values, aux, gradient, tree, trained_leaves)
+
+    return linearize
+
+
+def _is_inexact(leaf) -> bool:
+    """Whether a leaf can be trained: floating or complex, not integer."""
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+
+
+def _split_outputs(outputs, has_aux: bool):
+    """Returns `(loss, regularizer), aux`, or says what the objective should return."""
+    wanted = "((loss, regularizer), aux)" if has_aux else "(loss, regularizer)"
+    message = f"`objective` must return {wanted} of scalars"
+    if not (isinstance(outputs, tuple) and len(outputs) == 2):
+        raise TypeError(f"{message}, got {type(outputs).__name__}.")
+    values, aux = outputs if has_aux else (outputs, None)
+    if not (isinstance(values, tuple) and len(values) == 2):
+        raise TypeError(f"{message}, got {type(values).__name__} for the pair.")
+    loss, regularizer = values
+    named = (
+        regularizer if isinstance(regularizer, dict) else {"regularizer": regularizer}
+    )
+    for name, value in {"loss": loss, **named}.items():
+        shape = getattr(value, "shape", ())
+        if isinstance(value, (tuple, list, dict)) or shape != ():
+            kind = f"shape {shape}" if shape else type(value).__name__
+            raise TypeError(f"{message}, got {name} of {kind}.")
+    return jax.tree.map(_as_inexact, (loss, regularizer)), aux
+
+
+def _as_inexact(value) -> Array:
+    """A term that does not depend on the parameters may be a plain number."""
+    return jnp.asarray(value, None if _is_inexact(value) else jnp.float32)

@@ -1,0 +1,165 @@
+"""What the last update measured, read from an optimizer's state: cosines, conflicts."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from dtnh_jax import _trees
+from dtnh_jax._geometry import Measured, real_product, root
+from dtnh_jax.rules._gram import ratio
+
+
+def conflict_metrics(
+    opt_state: optax.OptState, *, per_group: bool = False
+) -> dict[str, Any]:
+    """What the last update saw and did, from wherever it is in an optimizer's state.
+
+    Args:
+      opt_state: state of any optimizer with one of this library's transformations in
+        it: chained, masked, partitioned, accumulated, with injected hyperparameters,
+        or NNX's.
+      per_group: return each leaf's metrics `[leaves]`, in the order of the leaves of
+        the parameters and zero for those that take no part, or where the scope is
+        labels each label's `[labels]`, in sorted order.
+
+    Returns:
+      Scalars by name:
+        `cosine` of the two whole gradients;
+        `conflict`, the share of the parameters that are in groups in conflict;
+        `loss_norm`, the norm of the protected gradient: the loss gradient, or with
+        `ema_decay` its moving average, or the held-out gradient;
+        `regularizer_norm`, that of the regularizer's, times its strength;
+        `removed`, the share of the regularizer's norm that the rule took away;
+        `skipped`, how many updates so far left out a regularizer gradient, or a group
+        of it, because a sum was not finite (not with `per_group`).
+      With several regularizers, a dict of these by their names. With several
+      transformations, as in `optax.partition`, a dict of these by their place.
+
+    Raises:
+      ValueError: if there is no such transformation in the state.
+
+    Example:
+      >>> from dtnh_jax import GradientPair, dtnh
+      >>> tx = optax.chain(dtnh(strength=1.0), optax.adam(1e-3))
+      >>> pair = GradientPair(jnp.array([1.0, 0.0]), jnp.array([-3.0, 4.0]))
+      >>> _, state = tx.update(pair, tx.init(jnp.zeros(2)))
+      >>> metrics = conflict_metrics(state)
+      >>> print(f"{metrics['cosine']:.1f} {metrics['removed']:.1f}")
+      -0.6 0.2
+    """
+    by_place: dict[str, dict[str, Any]] = {}
+    for place, name, measured in _find(opt_state):
+        by_place.setdefault(place, {})[name] = _derived(measured, per_group)
+    if not by_place:
+        raise ValueError(
+            "`opt_state` must hold the state of a transformation of dtnh_jax, got "
+            f"none in a {type(opt_state).__name__}."
+        )
+    places = {
+        place: names[""] if set(names) == {""} else names
+        for place, names in by_place.items()
+    }
+    return places if len(places) > 1 else next(iter(places.values()))
+
+
+def _derived(measured: Measured, per_group: bool) -> dict[str, Any]:
+    """The metrics of one regularizer; only their shapes, of an abstract state."""
+    is_abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in measured)
+    if is_abstract:
+        return jax.eval_shape(lambda m: _metrics(m, per_group), measured)
+    return _metrics(measured, per_group)
+
+
+def _metrics(measured: Measured, per_group: bool) -> dict[str, Any]:
+    *rows, skipped = measured
+    if not per_group:
+        rows = [jnp.sum(rows[0], axis=-2), *[jnp.sum(x, axis=-1) for x in rows[1:]]]
+    gram, part, conflicting, size = rows
+    loss_norm, regularizer_norm = root(gram[..., 0]), root(gram[..., 2])
+    cosine = ratio(ratio(gram[..., 1], loss_norm), regularizer_norm)
+    removed = 1 - ratio(root(part), regularizer_norm)
+    removed = jnp.where(regularizer_norm > 0, jnp.clip(removed, 0, 1), 0)
+    metrics = {
+        # Of what is not finite the norms tell; a log of the rest stays readable.
+        "cosine": jnp.clip(jnp.where(jnp.isfinite(cosine), cosine, 0), -1, 1),
+        "conflict": ratio(conflicting, size),
+        "loss_norm": loss_norm,
+        "regularizer_norm": regularizer_norm,
+        "removed": jnp.where(jnp.isfinite(removed), removed, 0),
+    }
+    return metrics if per_group else {**metrics, "skipped": skipped}
+
+
+def regularizer_names(opt_state: optax.OptState) -> list[str]:
+    """Names of the regularizers in an optimizer's state, none where one is unnamed."""
+    return sorted({name for _, name, _ in _find(opt_state)} - {""})
+
+
+def first_order_harm(
+    loss_grads: PyTree, updates: PyTree, updates_without: PyTree
+) -> Float[Array, ""]:
+    """How much the regularizer's part of an update raises the loss to first order.
+
+    It is `<g, updates - updates_without>`, summed in float32: above 0 where the
+    regularizer works against the loss, and below 0 where it helps.
+
+    Args:
+      loss_grads: gradient `g` of the loss, on this batch or another.
+      updates: what is added to the parameters.
+      updates_without: what would be added without the regularizer: of the same
+        optimizer, in the same state, from the loss gradient alone.
+
+    Returns:
+      A scalar in float32, in units of the loss.
+
+    Raises:
+      ValueError: if the trees do not match.
+
+    Example:
+      >>> g = jnp.array([1.0, 0.0])
+      >>> print(first_order_harm(g, -g + jnp.array([0.3, 1.0]), -g))
+      0.3
+
+    References:
+      The test of Tian et al., 2024, https://arxiv.org/abs/2411.01713, in update space.
+    """
+    grads = _trees.flatten(loss_grads)[0]
+    columns = [
+        grads,
+        _trees.align(updates, loss_grads, "updates", "loss_grads"),
+        _trees.align(updates_without, loss_grads, "updates_without", "loss_grads"),
+    ]
+    total = jnp.zeros([], jnp.float32)
+    for row in zip(*columns):
+        if all(_trees.is_trainable(x) for x in row):
+            g, new, old = map(_trees.as_float32, row)
+            total += jnp.sum(real_product(g, new - old)).astype(jnp.float32)
+    return total
+
+
+def _find(opt_state: optax.OptState) -> Iterator[tuple[str, str, Measured]]:
+    """Yields each transformation's place, each regularizer's name, what it measured."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=_is_measured)
+    for path, value in leaves:
+        if isinstance(value, Measured):
+            field = max(i for i, key in enumerate(path) if _name(key) == "measured")
+            place = "/".join(_name(key) for key in path[:field])
+            name = "/".join(_name(key) for key in path[field + 1 :])
+            yield place, name, Measured(*map(_plain, value))
+
+
+def _is_measured(node: Any) -> bool:
+    return isinstance(node, Measured)
+
+
+def _name(key: Any) -> str:
+    return jax.tree_util.keystr((key,), simple=True)
+
+
+def _plain(entry: Any) -> Any:
+    """An array, or its shape where the state is abstract; out of NNX's variables."""
+    return entry.get_value() if hasattr(entry, "get_value") else entry
