@@ -1,0 +1,70 @@
+"""The commands: the study, the checks, and the comparison with PyTorch."""
+
+import argparse
+import os
+import pathlib
+import sys
+import threading
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns the process's exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dtnh_jax.studies.accelerator", description=__doc__
+    )
+    parser.add_argument(
+        "command",
+        nargs="?",
+        choices=("study", "check", "torch"),
+        default="study",
+        help="times of everything (the default), comparisons with an oracle, or "
+        "TorchJD's times",
+    )
+    parser.add_argument("--seconds", type=float, default=330.0, help="time limit")
+    parser.add_argument(
+        "--output",
+        type=pathlib.Path,
+        default=pathlib.Path("runs/accelerator"),
+        help="folder for results",
+    )
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, as a trial")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=min(8, os.cpu_count() or 1),
+        help="how many programs are compiled at once",
+    )
+    options = parser.parse_args(arguments)
+    # What a command imports can take seconds, or be missing.
+    if options.command == "check":
+        from dtnh_jax.studies.accelerator import check
+
+        return check.run(tiny=options.tiny, workers=options.workers)
+    if options.command == "torch":
+        from dtnh_jax.studies.accelerator import torch_steps
+
+        results = torch_steps.run(
+            options.output, seconds=options.seconds, tiny=options.tiny
+        )
+    else:
+        from dtnh_jax.studies.accelerator import study
+
+        scale = study.TINY if options.tiny else study.Scale()
+        results = study.run(
+            options.output,
+            seconds=options.seconds,
+            workers=options.workers,
+            scale=scale,
+        )
+    print(results.brief(), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    status = main()
+    if any(thread.daemon for thread in threading.enumerate()):
+        # A compilation that is still under way would be waited for.
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -1,0 +1,117 @@
+"""Times of several programs in turn, in blocks that hide the host's own work."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+
+class Clock:
+    """How much is left of a time limit."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self._started = time.perf_counter()
+
+    def passed(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._started
+
+    def left(self) -> float:
+        """Seconds until the limit, negative after it."""
+        return self.seconds - self.passed()
+
+
+class Spread(NamedTuple):
+    """The median and the quartiles of a number over rounds."""
+
+    median: float
+    low: float
+    high: float
+
+
+class Runner(NamedTuple):
+    """Something to time."""
+
+    step: Callable[[], Any]  # starts one step and returns what it leaves behind
+    # Blocks hold a multiple of so many steps: the period of a program that alternates.
+    period: int = 1
+
+
+def spread(values: Any) -> Spread:
+    """Summarizes some numbers.
+
+    Example:
+      >>> spread([1.0, 2.0, 3.0, 4.0, 9.0])
+      Spread(median=3.0, low=2.0, high=4.0)
+    """
+    low, median, high = np.quantile(np.asarray(values, float), [0.25, 0.5, 0.75])
+    return Spread(float(median), float(low), float(high))
+
+
+def interleaved(
+    runners: Mapping[str, Runner],
+    seconds: float,
+    *,
+    wait: Callable[[Any], Any] = jax.block_until_ready,
+    shortest_block: float = 0.03,
+    rounds: int = 15,
+) -> dict[str, list[float]]:
+    """Times every runner once a round, so that drifts of the machine hit all alike.
+
+    A block is several steps with one wait at its end: the accelerator works on one step
+    while the host starts the next.
+
+    Args:
+      runners: by name.
+      seconds: about how long all of this may take. There are at least 3 rounds.
+      wait: waits for what a step has returned.
+      shortest_block: seconds that a block takes at least, unless that means too few
+        rounds.
+      rounds: how many there are at most.
+
+    Returns:
+      Seconds of one step, for every round, by name.
+    """
+    started = time.perf_counter()
+    once: dict[str, float] = {}
+    for name, runner in runners.items():
+        for _ in range(runner.period):  # what happens only the first time
+            wait(runner.step())
+        once[name] = _block(runner, runner.period, wait)
+    left = seconds - (time.perf_counter() - started)
+    blocks = {
+        name: _steps(runner.period, once[name], shortest_block)
+        for name, runner in runners.items()
+    }
+    round_ = sum(blocks[name] * once[name] for name in runners)
+    if round_ * 3 > left:
+        blocks = {name: runner.period for name, runner in runners.items()}
+        round_ = sum(blocks[name] * once[name] for name in runners)
+    count = max(3, min(rounds, int(left / max(round_, 1e-9))))
+    taken: dict[str, list[float]] = {name: [] for name in runners}
+    for number in range(count):
+        if number >= 3 and time.perf_counter() - started > seconds:
+            break
+        for name, runner in runners.items():
+            taken[name].append(_block(runner, blocks[name], wait))
+    return taken
+
+
+def _steps(period: int, once: float, shortest_block: float) -> int:
+    """How many steps make a block long enough: a multiple of the period."""
+    wanted = math.ceil(shortest_block / max(once, 1e-6))
+    return period * math.ceil(min(max(wanted, 3), 400) / period)
+
+
+def _block(runner: Runner, steps: int, wait: Callable[[Any], Any]) -> float:
+    """Seconds of one step, the mean over a block of them."""
+    started = time.perf_counter()
+    left_behind = None
+    for _ in range(steps):
+        left_behind = runner.step()
+    wait(left_behind)
+    return (time.perf_counter() - started) / steps
