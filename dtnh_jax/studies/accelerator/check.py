@@ -20,6 +20,7 @@ _COSINES = (-0.9, -0.6, -0.2, 0.0, 0.2, 0.6, 0.9)
 # Of an update, relative to its two summands: what sums in single precision cost, and
 # rules whose closed forms lose digits.
 _SUMS, _RULES = 3e-6, 1e-4
+_TINIEST = float(np.finfo(np.float32).tiny)  # of normal numbers
 # Of a number that is rounded to bfloat16 at the end, relative to itself.
 _ROUNDING = {"float32": 0.0, "bfloat16": 2.0**-8}
 
@@ -203,8 +204,13 @@ def _of_scope(updates: Updates, count: int) -> Iterator[Outcome]:
 
 def _worst(subject: Subject, joined: Joined, exact: np.ndarray) -> float:
     """The largest error in a group, in units of what rounding may cost there."""
-    size = joined.norms(joined.g) + joined.norms(joined.r)
+    of_g = joined.norms(joined.g)
+    size = of_g + joined.norms(joined.r)
     bound = _SUMS * size + _ROUNDING[subject.dtype] * joined.norms(exact)
+    # A device may flush each sum on the way that is no normal number: over `||g||^2`
+    # that is what the weight of `g` may be off.
+    flushed = _TINIEST * oracle.sums(joined.of, np.ones_like(joined.g))
+    bound += np.divide(flushed, of_g, out=np.zeros_like(of_g), where=of_g > 0)
     return _largest(joined.norms(joined.ours - exact), bound)
 
 

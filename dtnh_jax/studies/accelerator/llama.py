@@ -38,7 +38,7 @@ def weights(size: Size, dtype: Any) -> dict[str, Any]:
     Example:
       >>> tiny = weights(Size(layers=2, vocabulary=9), np.float32)
       >>> sum(x.size for x in jax.tree.leaves(tiny))
-      7087104
+      7085952
     """
     rng = np.random.default_rng(0)
 
