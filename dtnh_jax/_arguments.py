@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from dtnh_jax import _axes, _geometry, rules
 from dtnh_jax._trees import Mask, as_float32
@@ -46,6 +46,14 @@ class Options(NamedTuple):
     def join(self, by_name: dict[str, Any]) -> Any:
         """The inverse of `by_name`: a dict only where regularizers have names."""
         return by_name[""] if "" in self.strengths else by_name
+
+    def anchors(self, params: optax.Params) -> PyTree:
+        """What self-anchored regularizers keep of the first parameters."""
+        regularizers = self.regularizers or {}
+        if not any(each.anchor for each in regularizers.values()):
+            return None
+        made = {n: r.anchor and r.anchor(params) for n, r in regularizers.items()}
+        return self.join(made)
 
     def strength_at(self, name: str, step: Array) -> Float[Array, ""]:
         """The strength of a regularizer at a step."""

@@ -78,14 +78,11 @@ def copies(
     return np.array([of_leaf(arrays) for arrays in leaves], int)
 
 
-def add(
-    values: Sequence[Array], copies: Int[np.ndarray, "L"], axes: tuple[str, ...]
-) -> tuple[Array, ...]:
-    """Sums vectors `[L]` over devices, each leaf's copies once: one collective."""
+def add(values: Sequence[Array], axes: tuple[str, ...]) -> list[Array]:
+    """Sums arrays of one shape over devices: one collective."""
     if not axes:
-        return tuple(values)
-    rows = jnp.stack(values)
-    return tuple(jnp.unstack(_psum(rows / copies[None, :].astype(rows.dtype), axes)))
+        return list(values)
+    return list(jnp.unstack(_psum(jnp.stack(values), axes)))
 
 
 def everywhere(flag: Bool[Array, ""], axes: tuple[str, ...]) -> Bool[Array, ""]:

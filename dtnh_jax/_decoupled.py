@@ -12,7 +12,7 @@ from dtnh_jax._arguments import Number, Strength, check_optimizer, checked_optio
 from dtnh_jax._axes import AxisName
 from dtnh_jax._geometry import Scope, matched
 from dtnh_jax._resolve import ConflictState, init_state, resolve
-from dtnh_jax._trees import Mask, given, is_trainable
+from dtnh_jax._trees import Mask, given, is_trainable, prevent_cse
 from dtnh_jax.regularizers.weights import WeightRegularizer
 
 
@@ -135,7 +135,7 @@ def decoupled(
         leaves, part, conflict = resolve(
             options,
             state.conflict,
-            loss,
+            prevent_cse(loss),  # or squares are shared with those of Adam
             gradients,
             params,
             held_out_grads,

@@ -5,7 +5,7 @@ and so one answer of the rule. Groups are made of whole leaves (`"global"`, `"le
 labels) or lie inside of leaves (`"unit"`, `"element"`). Sums are `jnp.sum(x * y)` in
 float32, because that partitions over a mesh without gathering anything.
 
-Shape letters: L leaves that take part, G groups.
+Shape letters: L leaves that take part, G groups of whole leaves.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,9 +34,11 @@ _UNCERTAIN = 1e-5
 
 
 class Measured(NamedTuple):
-    """What an update measured: a row for each leaf, or each label in sorted order."""
+    """What an update measured: a row for each group of leaves, or leaf of groups."""
 
-    gram: Float[Array, "rows 3"]  # <m, m>, <m, r>, <r, r>
+    mm: Float[Array, "rows"]  # <m, m>, of the protected gradient
+    mr: Float[Array, "rows"]  # <m, r>, r with its strength
+    rr: Float[Array, "rows"]  # <r, r>
     part: Float[Array, "rows"]  # squared norm of what the rule added, before a bound
     conflicting: Float[Array, "rows"]  # parameters in groups that are in conflict
     size: Float[Array, "rows"]  # parameters
@@ -45,25 +47,16 @@ class Measured(NamedTuple):
 
 def unmeasured(rows: int) -> Measured:
     """What there is before the first update, with the shapes of all later ones."""
-    zeros = jnp.zeros([rows], jnp.float32)
-    gram = jnp.zeros([rows, 3], jnp.float32)
-    return Measured(gram, zeros, zeros, zeros, jnp.zeros([], jnp.int32))
-
-
-class Seen(NamedTuple):
-    """The Gram matrices of an update."""
-
-    groups: list[Gram]  # one `[G]` of all groups, or one for each leaf of its own
-    leaves: Gram | None  # `[L]`, where groups are made of whole leaves
+    zeros = [jnp.zeros([rows], jnp.float32)] * (len(Measured._fields) - 1)
+    return Measured(*zeros, jnp.zeros([], jnp.int32))
 
 
 class Groups(NamedTuple):
     """Which parameters share one inner product."""
 
     kind: str  # "whole", of leaves; or "unit" or "element", inside of them
-    index: Int[np.ndarray, "L"]  # the group of each leaf, if groups are of whole leaves
-    rows: Int[np.ndarray, "L"]  # the row of each leaf in `Measured`
-    row_count: int
+    index: Int[np.ndarray, "L"]  # the row of each leaf, which is its group if whole
+    rows: int
     axes: tuple[str, ...]  # along which each device holds a part, see `_axes`
 
     def inner(self, x: Array, y: Array) -> Array:
@@ -75,25 +68,23 @@ class Groups(NamedTuple):
             return jnp.sum(products, axis=tuple(range(x.ndim - 1)), keepdims=True)
         return jnp.sum(products)
 
-    def measure(self, m: list[Array], r: Leaves, strength: Any = 1.0) -> Seen:
-        """Measures the protected gradient `m` and the regularizer's, `strength * r`."""
+    def measure(self, m: list[Array], r: Leaves, strength: Any = 1.0) -> list[Gram]:
+        """Measures the protected gradient `m` and the regularizer's, `strength * r`.
+
+        Returns:
+          One Gram matrix `[G]` of all groups of whole leaves, or one for each leaf.
+        """
+        if not m:
+            return []
         pairs = list(zip(m, r()))
         mm = [self.inner(x, x) for x in m]
         mr = [self.inner(x, y) for x, y in pairs]
         rr = [self.inner(y, y) for y in r()]
-        if not m:
-            return Seen([], None)
-        if self.kind != "whole":
-            return Seen([_scaled(Gram(*x), strength) for x in zip(mm, mr, rr)], None)
-        sums = [jnp.stack(column) for column in (mm, mr, rr)]
-        sums = _axes.add(sums, _axes.copies(pairs, self.axes), self.axes)
-        leaves = _scaled(Gram(*sums), strength)
-        joined = [_joined(x, self.index) for x in (leaves.gg, leaves.gr, leaves.rr)]
-        return Seen([Gram(*joined)], leaves)
-
-    def by_leaf(self, blocks: Sequence[Array]) -> list[Array]:
-        """Returns what is known of groups leaf by leaf, to broadcast with these."""
-        return [blocks[0][i] for i in self.index] if self.kind == "whole" else [*blocks]
+        grams = [Gram(*x) for x in zip(mm, mr, rr)]
+        if self.kind == "whole":
+            grams = [Gram(*self._by_row([mm, mr, rr], pairs))]
+        by = jnp.asarray(strength, grams[0].gg.dtype)
+        return [Gram(x.gg, by * x.gr, by * (by * x.rr)) for x in grams]
 
     def contribution(
         self,
@@ -103,17 +94,14 @@ class Groups(NamedTuple):
         strength: Float[Array, ""],
     ) -> list[Array]:
         """The regularizer's part of the update: `c.g * m + c.r * strength * r`."""
-        if not m:
-            return []
-        of_m = self.by_leaf([each.g for each in c])
-        of_r = self.by_leaf([_times(each.r, strength) for each in c])
-        return [
-            _added(_times(*x), _times(*y)) for x, y in zip(zip(of_m, m), zip(of_r, r))
-        ]
+        c = [Coefficients(each.g, _times(each.r, strength)) for each in c]
+        if self.kind == "whole":
+            c = [Coefficients(c[0].g[i], c[0].r[i]) for i in self.index]
+        return [_added(_times(of.g, x), _times(of.r, y)) for of, x, y in zip(c, m, r)]
 
     def record(
         self,
-        seen: Seen,
+        grams: list[Gram],
         c: list[Coefficients],
         m: list[Array],
         r: list[Array],
@@ -122,7 +110,7 @@ class Groups(NamedTuple):
         """Sums up what an update measured, row by row.
 
         Args:
-          seen: the Gram matrices.
+          grams: as `measure` returns them.
           c: what the rule added in each group, before a bound.
           m: the protected gradient, for its shapes and types.
           r: the regularizer's, for the same.
@@ -130,35 +118,43 @@ class Groups(NamedTuple):
         """
         if not m:
             return before
-        copies = _axes.copies(list(zip(m, r)), self.axes)
-        size = np.array([x.size for x in m], np.float32)
-        total_size = size * np.float32(_axes.count(self.axes)) / copies
-        conflicts = [gram.gr < 0 for gram in seen.groups]
-        if seen.leaves is not None:
-            sums = [seen.leaves.gg, seen.leaves.gr, seen.leaves.rr]
-            of_leaf = Coefficients(*[x[self.index] for x in c[0]])
-            part = squared_norm(of_leaf, seen.leaves)
-            conflicting = jnp.where(conflicts[0][self.index], total_size, 0)
-            is_finite = finite(seen.groups[0])
+        pairs = list(zip(m, r))
+        size = np.zeros([self.rows], np.float32)
+        total = [x.size * _axes.count(self.axes) for x in m]
+        np.add.at(size, self.index, np.divide(total, _axes.copies(pairs, self.axes)))
+        parts = [squared_norm(*each) for each in zip(c, grams)]
+        if self.kind == "whole":
+            (gram,), (part,) = grams, parts
+            sums = gram.gg, gram.gr, gram.rr
+            conflicting = jnp.where(gram.gr < 0, size, 0)
         else:
-            parts = [squared_norm(*each) for each in zip(c, seen.groups)]
-            width = [np.float32(n / max(x.size, 1)) for n, x in zip(size, parts)]
-            counts = [jnp.where(x, n, np.float32(0)) for x, n in zip(conflicts, width)]
-            columns = [*zip(*[(x.gg, x.gr, x.rr) for x in seen.groups]), parts, counts]
-            sums = [jnp.stack([jnp.sum(x) for x in column]) for column in columns]
-            *sums, part, conflicting = _axes.add(sums, copies, self.axes)
-            is_finite = finite(Gram(*sums))
-        skipped = before.skipped + jnp.where(jnp.all(is_finite), 0, 1)
-        rows = [self._by_row(x) for x in (*sums, part, conflicting, total_size)]
-        return Measured(jnp.stack(rows[:3], axis=-1), *rows[3:], skipped)
+            width = [np.float32(x.size / max(y.size, 1)) for x, y in zip(m, parts)]
+            columns = [*zip(*[(x.gg, x.gr, x.rr) for x in grams]), parts]
+            columns.append([jnp.where(x.gr < 0, n, 0) for x, n in zip(grams, width)])
+            leaves = [[jnp.sum(x) for x in column] for column in columns]
+            *sums, part, conflicting = self._by_row(leaves, pairs)
+        is_whole = jnp.all(finite(Gram(*sums)))
+        return Measured(
+            *[x.astype(jnp.float32) for x in (*sums, part, conflicting)],
+            jnp.asarray(size),
+            before.skipped + jnp.where(is_whole, 0, 1),
+        )
 
-    def _by_row(self, leaves: Any) -> Float[Array, "rows"]:
-        """Sums over the leaves of a row; zero where none of them takes part."""
-        leaves = jnp.asarray(leaves, jnp.float32)
-        if np.array_equal(self.rows, np.arange(self.row_count)):
-            return leaves
-        is_in = np.arange(self.row_count)[:, None] == self.rows[None, :]
-        return jnp.sum(jnp.where(is_in, leaves[None, :], 0), axis=1)
+    def _by_row(
+        self, columns: Sequence[Sequence[Array]], pairs: Sequence[tuple[Array, Array]]
+    ) -> list[Float[Array, "rows"]]:
+        """Sums numbers of leaves by row, and over devices: one collective."""
+        copies = _axes.copies(pairs, self.axes)
+        joined = []
+        for column in columns:
+            rows: list[list[Array]] = [[] for _ in range(self.rows)]
+            for i, x, n in zip(self.index, column, copies):
+                rows[i].append(x / np.float32(n) if n > 1 else x)
+            zero = jnp.zeros_like(column[0])
+            # XLA computes a reduction once, and additions anew wherever they are used.
+            sums = [jnp.sum(jnp.stack(row)) if row else zero for row in rows]
+            joined.append(jnp.stack(sums))
+        return _axes.add(joined, self.axes)
 
 
 def groups_of(
@@ -172,18 +168,16 @@ def groups_of(
       params: what labels are a function of.
       axes: along which each device holds a part.
     """
+    places = np.array(leaves.places, int)
     count = len(flatten(leaves.tree)[0])
-    rows = np.array(leaves.places, int)
+    if scope == "global":
+        return Groups("whole", np.zeros_like(places), 1, axes)
     if isinstance(scope, str):
-        if scope in ("unit", "element"):
-            return Groups(scope, rows, rows, count, axes)
-        index = np.arange(len(rows)) if scope == "leaf" else np.zeros(len(rows), int)
-        return Groups("whole", index, rows, count, axes)
+        return Groups("whole" if scope == "leaf" else scope, places, count, axes)
     labels = scope(params) if callable(scope) else scope
     labels = np.array(prefix_leaves(labels, leaves.tree, "scope"), str)
-    names, label = np.unique(labels, return_inverse=True)
-    rows = label.reshape(-1)[rows]
-    return Groups("whole", rows, rows, len(names), axes)
+    names, index = np.unique(labels, return_inverse=True)
+    return Groups("whole", index.reshape(-1)[places], len(names), axes)
 
 
 def check_scope(scope: Any) -> None:
@@ -266,20 +260,6 @@ def real_product(x: Array, y: Array) -> Array:
 def root(square: Array) -> Array:
     """The square root, with a derivative of 0 at 0, where that of a norm has none."""
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
-
-
-def _scaled(gram: Gram, strength: Any) -> Gram:
-    """The Gram matrix of `m` and `strength * r`, from that of `m` and `r`."""
-    by = jnp.asarray(strength, gram.gg.dtype)
-    return Gram(gram.gg, by * gram.gr, by * (by * gram.rr))
-
-
-def _joined(leaves: Float[Array, "L"], index: np.ndarray) -> Float[Array, "G"]:
-    count = int(index.max()) + 1
-    if count == len(index):
-        return leaves
-    is_in = np.arange(count)[:, None] == index[None, :]
-    return jnp.sum(jnp.where(is_in, leaves[None, :], 0), axis=1)
 
 
 def _times(c: Array, x: Array) -> Array:

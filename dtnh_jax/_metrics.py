@@ -22,9 +22,10 @@ def conflict_metrics(
       opt_state: state of any optimizer with one of this library's transformations in
         it: chained, masked, partitioned, accumulated, with injected hyperparameters,
         or NNX's.
-      per_group: return each leaf's metrics `[leaves]`, in the order of the leaves of
-        the parameters and zero for those that take no part, or where the scope is
-        labels each label's `[labels]`, in sorted order.
+      per_group: return the metrics of each group: one at global scope; each leaf's
+        `[leaves]` at scopes `"leaf"`, `"unit"` and `"element"`, in the order of the
+        leaves of the parameters, and zero for those that take no part; each label's
+        `[labels]`, in sorted order, where the scope is labels.
 
     Returns:
       Scalars by name:
@@ -76,11 +77,11 @@ def _derived(measured: Measured, per_group: bool) -> dict[str, Any]:
 
 def _metrics(measured: Measured, per_group: bool) -> dict[str, Any]:
     *rows, skipped = measured
-    if not per_group:
-        rows = [jnp.sum(rows[0], axis=-2), *[jnp.sum(x, axis=-1) for x in rows[1:]]]
-    gram, part, conflicting, size = rows
-    loss_norm, regularizer_norm = root(gram[..., 0]), root(gram[..., 2])
-    cosine = ratio(ratio(gram[..., 1], loss_norm), regularizer_norm)
+    mm, mr, rr, part, conflicting, size = (
+        x if per_group else jnp.sum(x, axis=-1) for x in rows
+    )
+    loss_norm, regularizer_norm = root(mm), root(rr)
+    cosine = ratio(ratio(mr, loss_norm), regularizer_norm)
     removed = 1 - ratio(root(part), regularizer_norm)
     removed = jnp.where(regularizer_norm > 0, jnp.clip(removed, 0, 1), 0)
     metrics = {

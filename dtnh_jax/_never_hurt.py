@@ -118,23 +118,35 @@ def never_hurt(
             state.step, state.ema, squares, state.anchor, state.measured
         )
 
-    def update(updates, state, params=None, *, regularizer_grads=None, **extra_args):
+    def update(
+        updates,
+        state,
+        params=None,
+        *,
+        regularizer_grads=None,
+        held_out_grads=None,
+        **extra_args,
+    ):
         del extra_args
         loss, gradients = given(
             options, updates, regularizer_grads, params, state.anchor
         )
         params = loss if params is None else params
-        leaves = aligned(loss, [r() for r in gradients.values()], mask, params)
+        first = {name: gradient() for name, gradient in gradients.items()}
+        leaves = aligned(loss, list(first.values()), mask, params)
         groups = groups_of("element", leaves, params, options.axes)
         g = leaves.pick(loss, "updates")
         check_parts(g, leaves.pick(params, "params"), options.axes)
+        watched = g
+        if held_out_grads is not None:
+            watched = leaves.pick(held_out_grads, "held_out_grads")
         decay = jnp.asarray(ema_decay, jnp.float32)
         forgotten = decay ** (state.step + 1).astype(jnp.float32)  # weight of the zeros
         means, squares = (
             [decay * old + (1 - decay) * x for old, x in zip(leaves.pick(*tree), new)]
             for tree, new in (
-                ((state.mean, "state.mean"), g),
-                ((state.mean_square, "state.mean_square"), map(_square, g)),
+                ((state.mean, "state.mean"), watched),
+                ((state.mean_square, "state.mean_square"), map(_square, watched)),
             )
         )
         m = [x / (1 - forgotten) for x in means]
@@ -145,15 +157,16 @@ def never_hurt(
         total, measured = g, {}
         for name, before in options.by_name(state.measured, "state.measured").items():
             factor = options.strength_at(name, state.step)
-            r = leaves.getter(gradients[name], "regularizer_grads")
-            seen = groups.measure(m, r, factor)
-            c = [_sure(*each, freedom) for each in zip(seen.groups, spread)]
-            bounded = clipped(c, seen.groups, options.max_ratio_at(state.step))
-            part = groups.contribution(bounded, m, r(), factor)
+            r = leaves.pick(first[name], "regularizer_grads")
+            again = leaves.getter(gradients[name], "regularizer_grads")
+            grams = groups.measure(m, again, factor)
+            c = [_sure(*each, freedom) for each in zip(grams, spread)]
+            bounded = clipped(c, grams, options.max_ratio_at(state.step))
+            part = groups.contribution(bounded, m, r, factor)
             total = [x + y for x, y in zip(total, part)]
-            measured[name] = groups.record(seen, c, m, r(), before)
+            measured[name] = groups.record(grams, bounded, m, r, before)
 
-        sums = next(iter(measured.values())).gram[:, 0]
+        sums = next(iter(measured.values())).mm
         is_finite = jnp.all(jnp.isfinite(sums))
 
         def kept(new, tree, name):

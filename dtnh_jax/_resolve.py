@@ -55,34 +55,41 @@ def dtnh(
     Where the two agree that is the gradient of `loss + strength * regularizer`; where
     they conflict it is the nearest direction that lowers the loss as fast as `g`.
 
+    Inner products are summed in float32, without an epsilon: the update is exact to
+    rounding for norms from 1e-18 to 1e18. A group whose sums overflow or are not finite
+    gets the loss gradient alone, and is counted as `skipped` in `conflict_metrics`. A
+    loss gradient that is not finite is passed on, for `optax.apply_if_finite` to see.
+
     Args:
       strength: factor of the regularizer, at least 0: a number, a schedule of the
         step, or a dict of these by the names of several regularizers.
-      scope: over what inner products run: `"global"` (the paper), `"leaf"`, `"unit"`
-        (one output channel: all axes but the last), `"element"`, or labels of the
-        parameters, a tree or a function as `optax.partition` takes them. A finer
-        scope implies the guarantees of every coarser one.
-      ema_decay: protect the moving average of the loss gradient with this decay
-        per step, instead of the gradient of this mini-batch.
-      max_ratio: at most how long the regularizer's part of the update may be, as a
-        multiple of the protected gradient's norm in the same group (per leaf at
-        element scope). The part is all that is added to the loss gradient; rules that
-        shorten that gradient, such as `rules.mgda`, have it in their part too.
+      scope: which parameters share one inner product: `"global"` (all, the paper),
+        `"leaf"`, `"unit"` (one output channel: all axes but the last), `"element"`, or
+        labels of the parameters, a tree or a function as `optax.partition` takes them.
+        A finer scope implies the guarantees of every coarser one.
+      ema_decay: protect the moving average of the loss gradient with this decay per
+        step, instead of the gradient of this mini-batch.
+      max_ratio: bound of the regularizer's part of the update, as a multiple of the
+        protected gradient's norm in the same group (at element scope, number by
+        number): a number or a schedule of the step. The part is all that is added to
+        the loss gradient; rules that shrink that gradient, such as `rules.mgda`, count
+        the shrinkage in it.
       mask: a tree of bools, or a function of the parameters to one, as in
         `optax.masked`. Leaves that are masked out get the loss gradient alone and take
         no part in inner products.
-      axis_name: only for loops that are mapped over devices, by `jax.shard_map`,
-        `jax.pmap` or `jax.vmap(..., axis_name=...)`, and in which each device holds a
-        PART of the parameters and of both gradients (fully sharded or tensor parallel):
-        the axis along which they are cut, or a tuple of axes. Inner products are then
-        summed over it, see `resolve_conflicts`. Leave it out where every device has all
-        parameters and gradients of its own part of the batch (data parallel): average
-        these with `jax.lax.pmean` first, and every device resolves the same. Leave it
-        out under jit with sharded arrays, too: there the compiler does this.
+      axis_name: name of a mapped axis, or a tuple of names, along which each device
+        holds a PART of the parameters and of both gradients (fully sharded or tensor
+        parallel), in loops under `jax.shard_map`, `jax.pmap` or `jax.vmap`. Inner
+        products are then summed over it, see `resolve_conflicts`. Leave it out where
+        every device has all parameters and gradients of its own part of the batch (data
+        parallel): average these with `jax.lax.pmean` first. Leave it out under jit with
+        sharded arrays, too: there the compiler does this.
 
     Returns:
       A transformation of a `GradientPair`, or of the loss gradient with the other one
-      as the keyword `regularizer_grads`. What it returns is like the loss gradient.
+      as the keyword `regularizer_grads`. It returns a tree like the loss gradient. With
+      the keyword `held_out_grads`, a gradient of the loss on examples held out from
+      training, that gradient is protected instead of the loss's.
 
     Raises:
       ValueError: for values that are out of range or trees that do not match.
@@ -124,34 +131,26 @@ def resolve_conflicts(
 ) -> optax.GradientTransformationExtraArgs:
     """Adds a regularizer's gradient to the loss gradient, as far as `rule` allows.
 
-    With `g` the loss gradient, `m` the gradient that is protected (`g`, or with
-    `ema_decay` its moving average) and `r` the regularizer's gradient times
-    `strength`, the update is `g + (w[0] - 1) * m + w[1] * r`, where `w = rule(G)` and
-    `G` is the Gram matrix of `(m, r)` in each group of `scope`.
-
-    Inner products are summed in float32. A regularizer gradient that is not finite is
-    left out of that update and counted in `conflict_metrics`; a loss gradient that is
-    not finite is passed on as it is, for `optax.apply_if_finite` to see. Several
-    regularizers are resolved each on its own and then added.
+    With `m` the protected gradient (that of the loss, `g`, its moving average, or a
+    held-out one) and `r` the regularizer's gradient times `strength`, the update is
+    `g + (w[0] - 1) * m + w[1] * r`, where `w = rule(G)` and `G` is the Gram matrix of
+    `(m, r)` in each group of `scope`. Several regularizers are resolved each on its
+    own and then added.
 
     Average gradients over devices and micro-batches before this transformation, clip
     them after it: rules are not linear.
 
-    With `axis_name` all that is measured is one vector, which is summed over devices
-    once (twice where it is out of range and has to be scaled). One more sum is needed
-    for what scopes `"unit"` and `"element"` report, and one for each further pair in a
-    list of rules. Metrics are of the whole gradients. At scope `"unit"` a unit is what
-    a device holds of it: cut leaves along their last axis to have whole ones, else the
-    scope is a finer one. Leaves that all devices hold alike, such as small biases,
-    count once in `jax.shard_map`, where types tell. With `check_vma=False`, in
-    `jax.pmap` and in `jax.vmap` nothing tells, and they count once for each device:
-    mask them out there, or let `scope` keep them apart.
+    With `axis_name`, all sums of a regularizer are reduced in one collective. Metrics
+    are of the whole gradients. At scope `"unit"` a unit is what a device holds of it:
+    cut leaves along their last axis to have whole ones, else the scope is a finer one.
+    Leaves that all devices hold alike, such as small biases, count once in
+    `jax.shard_map`, where types tell. With `check_vma=False`, in `jax.pmap` and in
+    `jax.vmap` nothing tells, and they count once for each device: mask them out there,
+    or let `scope` keep them apart.
 
     Args:
       rule: maps Gram matrices `[..., 2, 2]` to weights `[..., 2]`; see
-        `dtnh_jax.rules`. Or a list of pairs of a rule and its scope, each working on
-        what the one before it has left of the regularizer, such as
-        `[(rules.gate, "leaf"), (rules.dtnh, "element")]`.
+        `dtnh_jax.rules`.
       strength: as in `dtnh`.
       scope: as in `dtnh`.
       ema_decay: as in `dtnh`.
@@ -195,8 +194,10 @@ def add_regularizer(
 ) -> optax.GradientTransformationExtraArgs:
     """Adds the gradient of a regularizer of the weights to plain gradients.
 
-    It stands in a chain where `optax.add_decayed_weights` would. The regularizer's
-    gradient is computed from the parameters in closed form, without a backward pass.
+    Put it in a chain where `optax.add_decayed_weights` would stand. The regularizer's
+    gradient is computed from the parameters in closed form, without a backward pass. A
+    self-anchored regularizer, such as `l2_sp()`, pulls back to the parameters that
+    `init` sees, and keeps a copy of them in the state.
 
     Args:
       regularizer: of the weights, see `dtnh_jax.regularizers`, or a dict of several.
@@ -263,22 +264,12 @@ def _resolving(options: Options) -> optax.GradientTransformationExtraArgs:
 def init_state(options: Options, params: optax.Params) -> ConflictState:
     """Returns the state before the first update; shapes and dtypes suffice."""
     leaves = aligned(params, [], options.mask, params)
-    rows = groups_of(options.scope, leaves, params, options.axes).row_count
+    rows = groups_of(options.scope, leaves, params, options.axes).rows
     return ConflictState(
         step=jnp.zeros([], jnp.int32),
         ema=None if options.ema_decay is None else leaves.zeros(),
-        anchor=init_anchors(options, params),
+        anchor=options.anchors(params),
         measured=options.join({name: unmeasured(rows) for name in options.strengths}),
-    )
-
-
-def init_anchors(options: Options, params: optax.Params) -> PyTree:
-    """Returns what self-anchored regularizers keep of the first parameters."""
-    regularizers = options.regularizers or {}
-    if not any(each.anchor for each in regularizers.values()):
-        return None
-    return options.join(
-        {name: r.anchor and r.anchor(params) for name, r in regularizers.items()}
     )
 
 
@@ -308,7 +299,8 @@ def resolve(
       The leaves that take part; what all regularizers add there; the next state.
     """
     params = loss if params is None else params
-    leaves = aligned(loss, [r() for r in gradients.values()], options.mask, params)
+    first = {name: gradient() for name, gradient in gradients.items()}
+    leaves = aligned(loss, list(first.values()), options.mask, params)
     groups = groups_of(options.scope, leaves, params, options.axes)
     g = leaves.pick(loss, "updates")
     check_parts(g, leaves.pick(params, "params"), options.axes)
@@ -318,36 +310,30 @@ def resolve(
     rho, longest = options.max_ratio_at(state.step), None
     if rho is not None and lengths is not None:
         u = leaves.pick(lengths, "updates")
-        longest = groups.measure(u, lambda: u).groups
+        longest = groups.measure(u, lambda: u)
 
     total, measured = [0.0] * len(m), {}
     for name, before in options.by_name(state.measured, "state.measured").items():
-        r = leaves.getter(gradients[name], "regularizer_grads")
+        r = leaves.pick(first[name], "regularizer_grads")
+        again = leaves.getter(gradients[name], "regularizer_grads")
         strength = options.strength_at(name, state.step)
-        seen = groups.measure(m, r, strength)  # Gram matrices of m and r, by group
-        c = [ask(options.rule, gram) for gram in seen.groups]
-        bounded = clipped(c, seen.groups, rho, longest)
-        part = groups.contribution(bounded, m, r(), strength)  # c.g * m + c.r * r
+        grams = groups.measure(m, again, strength)  # Gram matrices of m and r, by group
+        c = [ask(options.rule, gram) for gram in grams]
+        bounded = clipped(c, grams, rho, longest)
+        part = groups.contribution(bounded, m, r, strength)  # c.g * m + c.r * r
         total = [x + y for x, y in zip(total, part)]
-        measured[name] = groups.record(seen, c, m, r(), before)
+        measured[name] = groups.record(grams, c, m, r, before)
 
     # A gradient that is not finite is forgotten, as under `optax.apply_if_finite`.
-    sums = next(iter(measured.values())).gram[:, 0]
+    sums = next(iter(measured.values())).mm
     is_finite = jnp.all(jnp.isfinite(sums))
     if state.ema is not None:
         olds = leaves.pick(state.ema, "state.ema")
         ema = [jnp.where(is_finite, *each) for each in zip(ema, olds)]
         ema = leaves.onto(state.ema, ema)
-    return (
-        leaves,
-        total,
-        ConflictState(
-            step=jnp.where(is_finite, optax.safe_increment(state.step), state.step),
-            ema=ema,
-            anchor=state.anchor,
-            measured=options.join(measured),
-        ),
-    )
+    step = jnp.where(is_finite, optax.safe_increment(state.step), state.step)
+    after = ConflictState(step, ema, state.anchor, options.join(measured))
+    return leaves, total, after
 
 
 def averaged(

@@ -314,14 +314,15 @@ def prefix_leaves(prefix: PyTree, like: PyTree, name: str) -> list[Any]:
 def prevent_cse(tree: PyTree) -> PyTree:
     """Returns the same values, of which XLA does not know that they are the same.
 
-    Two sums and an update that share a gradient in closed form would have it written
-    to memory in between, on a CPU; on other devices they can become one kernel, which
-    reads each array once, unless a barrier stands between them.
+    On a CPU, what two sums share is written to memory in between. On other devices sums
+    can become one kernel, which reads each array once, unless a barrier stands between.
     """
-    if jax.default_backend() != "cpu":
+    is_traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+    if not is_traced or jax.default_backend() != "cpu":
         return tree
     # Leaf by leaf, since in `jax.shard_map` they may vary over different axes.
-    return jax.tree.map(jax.lax.optimization_barrier, tree)
+    hide = jax.lax.optimization_barrier
+    return jax.tree.map(lambda x: hide(x) if is_trainable(x) else x, tree)
 
 
 def recomputed(

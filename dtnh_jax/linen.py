@@ -10,10 +10,10 @@ from flax.core.scope import in_filter, union_filters
 from flax.training import train_state
 from jaxtyping import Array, PRNGKeyArray
 
-from dtnh_jax import _layers
 from dtnh_jax._gradients import value_and_gradient_pair
-from dtnh_jax._layers import Layers
-from dtnh_jax._linen_scaling import scale_features
+from dtnh_jax.capture import layers as _layers
+from dtnh_jax.capture.layers import Layers
+from dtnh_jax.capture.linen_scaling import scale_features
 
 __all__ = [
     "Forward",

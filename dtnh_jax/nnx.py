@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import filterlib
 
-from dtnh_jax import _gradients, _layers
+from dtnh_jax import _gradients
 from dtnh_jax._gradients import GradientPair
-from dtnh_jax._layers import Layers
-from dtnh_jax._nnx_calls import scale_features, wrapped_calls
+from dtnh_jax.capture import layers as _layers
+from dtnh_jax.capture.layers import Layers
+from dtnh_jax.capture.nnx_calls import scale_features, wrapped_calls
 
 __all__ = [
     "capture_features",

@@ -121,7 +121,8 @@ def test_parts_are_resolved_like_the_whole_and_measured_with_so_many_sums(name):
     assert count_sums(traced.jaxpr) == sums
     compiled = traced.lower().compile(compiler_options=QUICK)
     collectives = re.findall(r" ([\w-]+)\(.*channel_id", compiled.as_text())
-    assert collectives == ["all-reduce"] * sums
+    assert set(collectives) == {"all-reduce"}
+    assert len(collectives) <= sums  # the compiler may join those of two regularizers
     whole = jax.jit(updates_of, static_argnums=(0, 1), compiler_options=QUICK)
     wanted = whole(factory, None, state, pairs, PARAMS)
     got = compiled(state, pairs, PARAMS)

@@ -168,7 +168,7 @@ def test_metrics_per_leaf_keep_their_order_and_their_zeros():
     params = {"a": jnp.ones(2), "frozen": jnp.ones(3), "z": jnp.ones(())}
     g = {"a": jnp.array([3.0, 4.0]), "frozen": None, "z": jnp.array(2.0)}
     r = {"a": jnp.array([4.0, 3.0]), "frozen": None, "z": jnp.array(-1.0)}
-    tx = dtnh(2.0)
+    tx = dtnh(2.0, scope="leaf")
     state = tx.init(params)
     _, new = tx.update(GradientPair(g, r), state, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, new)
