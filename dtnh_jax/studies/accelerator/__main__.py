@@ -50,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         from dtnh_jax.studies.accelerator import study
 
+        if not (options.tiny or study.has_accelerator()):
+            parser.error("there is no accelerator; `--tiny` tries the study without")
         scale = study.TINY if options.tiny else study.Scale()
         results = study.run(
             options.output,

@@ -20,6 +20,7 @@ class Entry(NamedTuple):
     start: Callable[[], Any]  # returns a new state on the device
     pattern: tuple[int, ...] = (0,)  # the programs of a period, one for each step
     against: tuple[str, ...] = ()  # names of entries to compare with
+    reads: tuple[str, ...] | None = None  # keys of the data; all of them by default
     refused: str | None = None  # why there can be no such row
 
 
@@ -55,7 +56,8 @@ class Steps:
         self.state = entry.start()
         self.report: Any = None
         self._calls = itertools.cycle([calls[i].call for i in entry.pattern])
-        self._data = data
+        keys = data if entry.reads is None else entry.reads
+        self._data = {key: data[key] for key in keys}
 
     def __call__(self) -> Any:
         """Starts a step."""

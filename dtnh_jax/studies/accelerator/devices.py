@@ -33,10 +33,24 @@ def put(tree: Any) -> Any:
 
 
 def host_normal(
-    rng: np.random.Generator, shape: tuple[int, ...], scale: float, dtype: Any
+    rng: np.random.Generator,
+    shape: tuple[int, ...],
+    scale: float,
+    dtype: Any,
+    alike: bool = False,
 ) -> np.ndarray:
-    """Random numbers on the host, which costs no compilation."""
-    return (scale * rng.standard_normal(shape, np.float32)).astype(dtype)
+    """Random numbers on the host, which costs no compilation.
+
+    Args:
+      rng: where they come from.
+      shape: of the array.
+      scale: their standard deviation.
+      dtype: of the array.
+      alike: draw only one entry of the first axis and let all be views of it. That is
+        for large arrays, of which drawing all takes too long.
+    """
+    drawn = scale * rng.standard_normal(shape[1:] if alike else shape, np.float32)
+    return np.broadcast_to(drawn.astype(dtype), shape)
 
 
 def on_host(function: Callable[..., Any], *args: Any) -> Any:

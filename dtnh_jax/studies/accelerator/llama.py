@@ -3,6 +3,7 @@
 Shape letters: B batch, T tokens, D width, H heads, E width of a head, V vocabulary.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -32,18 +33,21 @@ class Size(NamedTuple):
         return self.width // self.heads
 
 
-def weights(size: Size, dtype: Any) -> dict[str, Any]:
+@functools.cache
+def weights(size: Size, dtype: Any, seed: int = 0) -> dict[str, Any]:
     """Random weights on the host; those of layers are stacked along a first axis.
+
+    They are made once for all that ask for them, and not to be changed.
 
     Example:
       >>> tiny = weights(Size(layers=2, vocabulary=9), np.float32)
       >>> sum(x.size for x in jax.tree.leaves(tiny))
       7085952
     """
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
 
     def normal(*shape: int) -> np.ndarray:
-        return host_normal(rng, shape, 0.02, dtype)
+        return host_normal(rng, shape, 0.02, dtype, alike=len(shape) > 2)
 
     layers, width, kv = size.layers, size.width, size.kv_heads * size.head
     return {

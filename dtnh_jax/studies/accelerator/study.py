@@ -39,7 +39,7 @@ class Scale(NamedTuple):
     language: dict[str, Any] = {}  # noqa: RUF012
     lora: tuple[bool, ...] = (False, True)  # ways to train the language model
     updates: int = 20  # in a profile
-    seconds: float = 9.0  # for the times of one contest of steps, at most
+    seconds: float = 6.0  # for the times of one contest of steps, at most
     alone: int = 50  # programs that are compiled once more, at most
     reserve: float = 25.0  # seconds that are kept for profiles
 
@@ -66,6 +66,11 @@ class Wave(NamedTuple):
     compiled: list[Contest]
     timed: list[Contest]
     least: float  # seconds without which it is not worth while to begin
+
+
+def has_accelerator() -> bool:
+    """Whether JAX's default device is another than the host."""
+    return jax.default_backend() != "cpu"
 
 
 def run(
@@ -96,8 +101,8 @@ def run(
             _skip(results, wave, f"{max(left, 0):.0f} s left, {wave.least:.0f} needed")
             continue
         jobs = [program for each in wave.compiled for program in each.programs()]
-        share = 0.2 * left if wave.timed else 0.0  # is kept for the times
-        programs.compile_all(jobs, found, workers=workers, seconds=left - share)
+        # The rest is kept for the times.
+        programs.compile_all(jobs, found, workers=workers, seconds=0.8 * left)
         print(f"wave {number} compiled at {clock.passed():.0f} s", flush=True)
         for place, each in enumerate(wave.timed):
             left = clock.left() - scale.reserve
@@ -168,9 +173,12 @@ def _plan(
 
     waves = [
         Wave([*ceilings, *core], [*ceilings, *core], 10),
-        Wave(some([*images, *texts], _FIRST), [], 30),
+        Wave(
+            [*some([*images, *texts], _FIRST), *some(texts, _CORE)],
+            some(texts, _CORE),
+            30,
+        ),
         Wave(some(images, _CORE), some(images, _CORE), 30),
-        Wave(some(texts, _CORE), some(texts, _CORE), 30),
         Wave(scopes, scopes, 10),
         Wave(some(images, _EXTRA), some(images, _EXTRA), 30),
         Wave(some(texts, _EXTRA), some(texts, _EXTRA), 30),
@@ -206,7 +214,7 @@ def _alone(
 
     It takes whatever time is left; what has been tuned before is not tuned again.
     """
-    order = waves[3].timed[::-1] + waves[2].timed[::-1]
+    order = waves[1].timed[::-1] + waves[2].timed[::-1]
     jobs = [(each, program) for each in order for program in each.programs()]
     for each, program in jobs[:count]:
         known = found.get(program.key)

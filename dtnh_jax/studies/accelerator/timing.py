@@ -58,7 +58,7 @@ def interleaved(
     *,
     wait: Callable[[Any], Any] = jax.block_until_ready,
     shortest_block: float = 0.03,
-    rounds: int = 15,
+    rounds: int = 11,
 ) -> dict[str, list[float]]:
     """Times every runner once a round, so that drifts of the machine hit all alike.
 

@@ -89,7 +89,7 @@ def contest(size: int, dtype: str, bandwidth: Callable[[], float | None]) -> Con
         name: jax.ShapeDtypeStruct(shape, dtype_of(dtype))
         for name, shape in leaf_shapes(size).items()
     }
-    pull = jax.eval_shape(l2_sp, like)
+    pull = jax.eval_shape(_pull, like)
     labels = {name: name.rpartition("_")[2] for name in like}
 
     def resolving(**options: Any) -> Any:
@@ -121,15 +121,33 @@ def contest(size: int, dtype: str, bandwidth: Callable[[], float | None]) -> Con
             ("transformation", str(size), dtype, name),
             function,
             (like, state),
-            {"g": like, "r": like, "pull": pull},
+            {key: {"g": like, "r": like, "pull": pull}[key] for key in _reads(name)},
             keep_unused=True,
         )
         start = functools.partial(_start, like, tx)
         against = _AGAINST.get(name, (GLOBAL,))
-        entries.append(Entry(name, (program,), start, against=against))
+        entries.append(
+            Entry(name, (program,), start, against=against, reads=_reads(name))
+        )
     note = functools.partial(_note, size, dtype_of(dtype).itemsize, bandwidth)
     data = functools.partial(_data, like, pull)
     return Contest(group(size), dtype, tuple(entries), data, note)
+
+
+def _reads(name: str) -> tuple[str, ...]:
+    """What a variant reads: the rest would count as its memory."""
+    few = {COPY: ("g",), PULL_SUM: ("g", "r", "pull"), PULL_DTNH: ("g", "r", "pull")}
+    return few.get(name, ("g", "r"))
+
+
+def _pull(source: Any) -> Any:
+    """L2-SP without its value, which would be passed a source of its own."""
+    return l2_sp(source)._replace(value=jax.tree_util.Partial(_no_value))
+
+
+def _no_value(params: Any) -> Array:
+    del params
+    return jnp.zeros([])
 
 
 def _of_pair(tx: optax.GradientTransformationExtraArgs, held_out: bool = False) -> Any:
@@ -194,7 +212,7 @@ def _data(like: Any, pull: Any) -> Any:
     """Two gradients in conflict, and a regularizer with a source of its own."""
     g, noise, source = (_random(like, number) for number in range(3))
     r = jax.tree.map(lambda g, x: x - 0.1 * g, g, noise)
-    return {"g": g, "r": r, "pull": same_structure(l2_sp(source), pull)}
+    return {"g": g, "r": r, "pull": same_structure(_pull(source), pull)}
 
 
 def _random(like: Any, seed: int) -> Any:
