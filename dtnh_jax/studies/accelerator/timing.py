@@ -83,14 +83,16 @@ def interleaved(
             wait(runner.step())
         once[name] = _block(runner, runner.period, wait)
     left = seconds - (time.perf_counter() - started)
-    blocks = {
-        name: _steps(runner.period, once[name], shortest_block)
-        for name, runner in runners.items()
-    }
-    round_ = sum(blocks[name] * once[name] for name in runners)
-    if round_ * 3 > left:
-        blocks = {name: runner.period for name, runner in runners.items()}
+    # Blocks of one length if there is time for them, so that all hide as much.
+    blocks, round_ = {}, 0.0
+    for least in (max([3, *(r.period for r in runners.values())]), 3, 1):
+        blocks = {
+            name: _steps(runner.period, once[name], shortest_block, least)
+            for name, runner in runners.items()
+        }
         round_ = sum(blocks[name] * once[name] for name in runners)
+        if round_ * 3 <= left:
+            break
     count = max(3, min(rounds, int(left / max(round_, 1e-9))))
     taken: dict[str, list[float]] = {name: [] for name in runners}
     for number in range(count):
@@ -101,10 +103,10 @@ def interleaved(
     return taken
 
 
-def _steps(period: int, once: float, shortest_block: float) -> int:
+def _steps(period: int, once: float, shortest_block: float, least: int) -> int:
     """How many steps make a block long enough: a multiple of the period."""
-    wanted = math.ceil(shortest_block / max(once, 1e-6))
-    return period * math.ceil(min(max(wanted, 3), 400) / period)
+    wanted = math.ceil(shortest_block / max(once, 1e-6)) if least > 1 else 1
+    return period * math.ceil(min(max(wanted, least), 400) / period)
 
 
 def _block(runner: Runner, steps: int, wait: Callable[[Any], Any]) -> float:
