@@ -36,19 +36,18 @@ _UNCERTAIN = 1e-5
 class Measured(NamedTuple):
     """What an update measured: a row for each group of leaves, or leaf of groups."""
 
-    mm: Float[Array, "rows"]  # <m, m>, of the protected gradient
-    mr: Float[Array, "rows"]  # <m, r>, r with its strength
-    rr: Float[Array, "rows"]  # <r, r>
-    part: Float[Array, "rows"]  # squared norm of what the rule added, before a bound
-    conflicting: Float[Array, "rows"]  # parameters in groups that are in conflict
+    # <m, m>, <m, r> and <r, r> with the protected gradient m; the squared norm of what
+    # the rule added, before a bound; how many parameters are in groups in conflict. As
+    # one array, which takes one kernel to write.
+    sums: Float[Array, "5 rows"]
     size: Float[Array, "rows"]  # parameters
     skipped: Int[Array, ""]  # updates so far that left a group out
 
 
 def unmeasured(rows: int) -> Measured:
     """What there is before the first update, with the shapes of all later ones."""
-    zeros = [jnp.zeros([rows], jnp.float32)] * (len(Measured._fields) - 1)
-    return Measured(*zeros, jnp.zeros([], jnp.int32))
+    zeros = jnp.zeros([5, rows], jnp.float32)
+    return Measured(zeros, zeros[0], jnp.zeros([], jnp.int32))
 
 
 class Groups(NamedTuple):
@@ -124,18 +123,17 @@ class Groups(NamedTuple):
         np.add.at(size, self.index, np.divide(total, _axes.copies(pairs, self.axes)))
         parts = [squared_norm(*each) for each in zip(c, grams)]
         if self.kind == "whole":
-            (gram,), (part,) = grams, parts
-            sums = gram.gg, gram.gr, gram.rr
-            conflicting = jnp.where(gram.gr < 0, size, 0)
+            (x,), (part,) = grams, parts
+            sums = [x.gg, x.gr, x.rr, part, jnp.where(x.gr < 0, size, 0)]
         else:
             width = [np.float32(x.size / max(y.size, 1)) for x, y in zip(m, parts)]
             columns = [*zip(*[(x.gg, x.gr, x.rr) for x in grams]), parts]
             columns.append([jnp.where(x.gr < 0, n, 0) for x, n in zip(grams, width)])
             leaves = [[jnp.sum(x) for x in column] for column in columns]
-            *sums, part, conflicting = self._by_row(leaves, pairs)
-        is_whole = jnp.all(finite(Gram(*sums)))
+            sums = self._by_row(leaves, pairs)
+        is_whole = jnp.all(finite(Gram(*sums[:3])))
         return Measured(
-            *[x.astype(jnp.float32) for x in (*sums, part, conflicting)],
+            jnp.stack([x.astype(jnp.float32) for x in sums]),
             jnp.asarray(size),
             before.skipped + jnp.where(is_whole, 0, 1),
         )

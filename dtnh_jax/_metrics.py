@@ -76,10 +76,11 @@ def _derived(measured: Measured, per_group: bool) -> dict[str, Any]:
 
 
 def _metrics(measured: Measured, per_group: bool) -> dict[str, Any]:
-    *rows, skipped = measured
-    mm, mr, rr, part, conflicting, size = (
-        x if per_group else jnp.sum(x, axis=-1) for x in rows
-    )
+    sums, size, skipped = measured
+    if not per_group:
+        sums, size = jnp.sum(sums, axis=-1), jnp.sum(size, axis=-1)
+    axis = sums.ndim - 1 - per_group  # states may be a batch
+    mm, mr, rr, part, conflicting = jnp.unstack(sums, axis=axis)
     loss_norm, regularizer_norm = root(mm), root(rr)
     cosine = ratio(ratio(mr, loss_norm), regularizer_norm)
     removed = 1 - ratio(root(part), regularizer_norm)

@@ -166,8 +166,8 @@ def never_hurt(
             total = [x + y for x, y in zip(total, part)]
             measured[name] = groups.record(grams, bounded, m, r, before)
 
-        sums = next(iter(measured.values())).mm
-        is_finite = jnp.all(jnp.isfinite(sums))
+        norms = next(iter(measured.values())).sums[0]
+        is_finite = jnp.all(jnp.isfinite(norms))
 
         def kept(new, tree, name):
             """Takes one more gradient into account, if that is finite."""

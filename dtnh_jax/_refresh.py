@@ -172,7 +172,7 @@ def _weights(
     rule: rules.Rule, measured: Measured, kept: Float[Array, "2"]
 ) -> Float[Array, "2"]:
     """The weights of the two gradients, or those before where one is not finite."""
-    gram = Gram(measured.mm[0], measured.mr[0], measured.rr[0])  # of the only group
+    gram = Gram(*measured.sums[:3, 0])  # of the only group
     is_finite = finite(gram)
     safe = Gram(*[jnp.where(is_finite, x, 1) for x in (gram.gg, gram.gr, gram.rr)])
     return jnp.where(is_finite, rule(safe).astype(kept.dtype), kept)

@@ -325,8 +325,8 @@ def resolve(
         measured[name] = groups.record(grams, c, m, r, before)
 
     # A gradient that is not finite is forgotten, as under `optax.apply_if_finite`.
-    sums = next(iter(measured.values())).mm
-    is_finite = jnp.all(jnp.isfinite(sums))
+    squares = next(iter(measured.values())).sums[0]
+    is_finite = jnp.all(jnp.isfinite(squares))
     if state.ema is not None:
         olds = leaves.pick(state.ema, "state.ema")
         ema = [jnp.where(is_finite, *each) for each in zip(ema, olds)]
