@@ -28,6 +28,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=pathlib.Path("runs/accelerator"),
         help="folder for results",
     )
+    parser.add_argument(
+        "--rest",
+        action="store_true",
+        help="begin with what a run that is cut off leaves",
+    )
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=("float32", "bfloat16"),
+        default=["float32", "bfloat16"],
+        help="types of parameters and gradients",
+    )
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, as a trial")
     parser.add_argument(
         "--workers",
@@ -58,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             seconds=options.seconds,
             workers=options.workers,
             scale=scale,
+            dtypes=options.dtypes,
+            rest=options.rest,
         )
     print(results.brief(), flush=True)
     return 0

@@ -9,10 +9,10 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from dtnh_jax import regularizers
+from dtnh_jax.regularizers import expected_error
 from dtnh_jax.studies.accelerator import llama
 from dtnh_jax.studies.accelerator.devices import dtype_of
 from dtnh_jax.studies.accelerator.steps import Task
-from dtnh_jax.studies.accelerator.trust import expected_error
 
 Tokens = Int[Array, "batch tokens"]
 

@@ -12,9 +12,9 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from dtnh_jax import regularizers
+from dtnh_jax.regularizers import expected_error
 from dtnh_jax.studies.accelerator.devices import dtype_of, host_normal
 from dtnh_jax.studies.accelerator.steps import Task
-from dtnh_jax.studies.accelerator.trust import expected_error
 
 Images = Float[Array, "batch height width 3"]
 Maps = dict[str, Float[Array, "batch _ _ _"]]  # of a stage

@@ -25,7 +25,7 @@ from dtnh_jax.studies.accelerator.timing import Clock
 _ALONE = "compilation alone"
 _FIRST = ("plain",)  # whose compilation tunes kernels for all others
 _CORE = ("plain", "pull sum", "pull DTNH", "sum", "DTNH")
-_EXTRA = ("plain", "sum", "DTNH", "refreshed", "learned")
+_EXTRA = ("plain", "sum", "DTNH", "refreshed", "held out")
 _ALL = (*_CORE, *_EXTRA[3:])
 
 
@@ -80,6 +80,7 @@ def run(
     workers: int,
     scale: Scale = Scale(),  # noqa: B008  (a tuple)
     dtypes: Sequence[str] = devices.DTYPES,
+    rest: bool = False,
 ) -> Results:
     """Runs all waves, and writes results to a folder as they come.
 
@@ -89,11 +90,13 @@ def run(
       workers: how many programs are compiled at once.
       scale: how large everything is.
       dtypes: of parameters and gradients.
+      rest: begin with what a run that is cut off leaves: refreshed weights, held-out
+        gradients and small sizes.
     """
     clock = Clock(seconds)
     limits = {"seconds": seconds, "compiled at once": workers}
     results = Results(folder, devices.about() | limits)
-    waves, profiles = _plan(results, scale, dtypes)
+    waves, profiles = _plan(results, scale, dtypes, rest)
     found: programs.Found = {}
     for number, wave in enumerate(waves, 1):
         left = clock.left() - scale.reserve
@@ -123,7 +126,7 @@ def run(
 
 
 def _plan(
-    results: Results, scale: Scale, dtypes: Sequence[str]
+    results: Results, scale: Scale, dtypes: Sequence[str], rest: bool
 ) -> tuple[list[Wave], list[tuple[Contest, str]]]:
     """Builds all contests, lists their rows, and puts them in order."""
     ceilings = [machine.contest(scale.copied, scale.side, each) for each in dtypes]
@@ -184,6 +187,12 @@ def _plan(
         Wave(some(texts, _EXTRA), some(texts, _EXTRA), 30),
         Wave(small, small, 10),
     ]
+    if rest:
+        first = [*ceilings, *small, *scopes, *some(texts, _EXTRA)]
+        waves = [
+            Wave([*some(images, _FIRST), *first], first, 30),
+            Wave(some(images, _EXTRA), some(images, _EXTRA), 30),
+        ]
     profiles = [
         (each, transformation.GLOBAL) for each in (*core[: len(dtypes)], *small)
     ]
@@ -214,7 +223,7 @@ def _alone(
 
     It takes whatever time is left; what has been tuned before is not tuned again.
     """
-    order = waves[1].timed[::-1] + waves[2].timed[::-1]
+    order = [each for wave in waves[1:3] for each in wave.timed[::-1]]
     jobs = [(each, program) for each in order for program in each.programs()]
     for each, program in jobs[:count]:
         known = found.get(program.key)

@@ -17,7 +17,6 @@ from dtnh_jax.studies.accelerator.devices import dtype_of, same_structure
 from dtnh_jax.studies.accelerator.programs import Program
 from dtnh_jax.studies.accelerator.rows import Row
 from dtnh_jax.studies.accelerator.timing import spread
-from dtnh_jax.studies.accelerator.trust import learned_trust
 
 TARGET = 1.25  # times the floor
 STRENGTH = 0.1
@@ -107,7 +106,9 @@ def contest(size: int, dtype: str, bandwidth: Callable[[], float | None]) -> Con
         "DTNH labels": resolving(scope=labels),
         "DTNH, moving average": resolving(ema_decay=0.9),
         "never_hurt": lambda: _of_pair(dtnh_jax.never_hurt(STRENGTH)),
-        "learned trust": lambda: _of_pair(learned_trust(STRENGTH), held_out=True),
+        "DTNH, held-out gradient": lambda: _of_pair(
+            dtnh_jax.dtnh(STRENGTH), held_out=True
+        ),
     }
     entries = []
     for name, make in variants.items():
