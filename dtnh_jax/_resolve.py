@@ -55,8 +55,9 @@ def dtnh(
     Where the two agree that is the gradient of `loss + strength * regularizer`; where
     they conflict it is the nearest direction that lowers the loss as fast as `g`.
 
-    Inner products are summed in float32, without an epsilon: the update is exact to
-    rounding for norms from 1e-18 to 1e18. A group whose sums overflow or are not finite
+    Inner products are summed in float32, without an epsilon, and hold for norms from
+    1e-18 to 1e18; near the lower end, where devices flush squares of small entries to
+    zero, to four digits. A group whose sums overflow or are not finite
     gets the loss gradient alone, and is counted as `skipped` in `conflict_metrics`. A
     loss gradient that is not finite is passed on, for `optax.apply_if_finite` to see.
 
