@@ -54,7 +54,7 @@ class Groups(NamedTuple):
     """Which parameters share one inner product."""
 
     kind: str  # "whole", of leaves; or "unit" or "element", inside of them
-    index: Int[np.ndarray, "L"]  # the row of each leaf, which is its group if whole
+    row_of: Int[np.ndarray, "L"]  # the row of each leaf, which is its group if whole
     rows: int
     axes: tuple[str, ...]  # along which each device holds a part, see `_axes`
 
@@ -95,7 +95,7 @@ class Groups(NamedTuple):
         """The regularizer's part of the update: `c.g * m + c.r * strength * r`."""
         c = [Coefficients(each.g, _times(each.r, strength)) for each in c]
         if self.kind == "whole":
-            c = [Coefficients(c[0].g[i], c[0].r[i]) for i in self.index]
+            c = [Coefficients(c[0].g[i], c[0].r[i]) for i in self.row_of]
         return [_added(_times(of.g, x), _times(of.r, y)) for of, x, y in zip(c, m, r)]
 
     def record(
@@ -120,7 +120,7 @@ class Groups(NamedTuple):
         pairs = list(zip(m, r))
         size = np.zeros([self.rows], np.float32)
         total = [x.size * _axes.count(self.axes) for x in m]
-        np.add.at(size, self.index, np.divide(total, _axes.copies(pairs, self.axes)))
+        np.add.at(size, self.row_of, np.divide(total, _axes.copies(pairs, self.axes)))
         parts = [squared_norm(*each) for each in zip(c, grams)]
         if self.kind == "whole":
             (x,), (part,) = grams, parts
@@ -146,7 +146,7 @@ class Groups(NamedTuple):
         joined = []
         for column in columns:
             rows: list[list[Array]] = [[] for _ in range(self.rows)]
-            for i, x, n in zip(self.index, column, copies):
+            for i, x, n in zip(self.row_of, column, copies):
                 rows[i].append(x / np.float32(n) if n > 1 else x)
             zero = jnp.zeros_like(column[0])
             # XLA computes a reduction once, and additions anew wherever they are used.

@@ -313,7 +313,7 @@ def resolve(
         u = leaves.pick(lengths, "updates")
         longest = groups.measure(u, lambda: u)
 
-    total, measured = [0.0] * len(m), {}
+    total, measured = [jnp.zeros([], x.dtype) for x in m], {}
     for name, before in options.by_name(state.measured, "state.measured").items():
         r = leaves.pick(first[name], "regularizer_grads")
         again = leaves.getter(gradients[name], "regularizer_grads")

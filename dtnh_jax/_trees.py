@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from dtnh_jax._gradients import GradientPair
@@ -199,8 +200,8 @@ class AlignedLeaves(NamedTuple):
 
     def zeros(self) -> PyTree:
         """Zeros in at least float32, and `optax.MaskedNode` where none takes part."""
-        leaves, treedef = flatten(self.tree)
-        leaves = [optax.MaskedNode()] * len(leaves)
+        treedef = flatten(self.tree)[1]
+        leaves: list[Any] = [optax.MaskedNode()] * treedef.num_leaves
         for i, x in zip(self.places, self.like):
             leaves[i] = jnp.zeros_like(x, sum_dtype(x))
         return jax.tree.unflatten(treedef, leaves)
@@ -317,7 +318,7 @@ def prevent_cse(tree: PyTree) -> PyTree:
     On a CPU, what two sums share is written to memory in between. On other devices sums
     can become one kernel, which reads each array once, unless a barrier stands between.
     """
-    is_traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
+    is_traced = any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
     if not is_traced or jax.default_backend() != "cpu":
         return tree
     # Leaf by leaf, since in `jax.shard_map` they may vary over different axes.
@@ -332,7 +333,7 @@ def recomputed(
 
     The function is traced once. Outside of jit it is computed once, too.
     """
-    if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((tree, args))):
+    if not any(isinstance(x, Tracer) for x in jax.tree.leaves((tree, args))):
         value = function(tree, *args)
         return lambda: value
     compiled, known = jax.jit(function), tree

@@ -18,7 +18,7 @@ from dtnh_jax import (
     resolve_conflicts,
     rules,
 )
-from dtnh_jax.regularizers import l2, l2_sp
+from dtnh_jax.regularizers import WeightRegularizer, l2, l2_sp
 
 G = {"a": jnp.array([1.0, 2.0]), "b": {"c": jnp.array([[3.0], [-1.0]])}}
 R = {"a": jnp.array([-2.0, 1.0]), "b": {"c": jnp.array([[-3.0], [5.0]])}}
@@ -61,6 +61,35 @@ def test_add_regularizer_is_dtnh_with_the_closed_form_gradient():
     got, _ = jax.jit(ours.update)(g, ours.init(params), params)
     expected, _ = update(pair, g, pull.gradient(params), params)
     chex.assert_trees_all_close(got, expected, rtol=1e-6)
+
+
+def test_a_gradient_in_closed_form_is_traced_once():
+    calls = []
+
+    def gradient(params):
+        calls.append(params)
+        return jax.tree.map(jnp.sin, params)
+
+    tx = add_regularizer(WeightRegularizer(lambda p: jnp.zeros([]), gradient), 0.5)
+    state = tx.init(G)
+    got, _ = jax.jit(tx.update)(G, state, G)
+    assert len(calls) == 1
+    expected, _ = update(dtnh(0.5), G, jax.tree.map(jnp.sin, G), G)
+    chex.assert_trees_all_close(got, expected, rtol=1e-6)
+
+
+def test_a_self_anchored_regularizer_keeps_where_it_started():
+    """The state has a copy, which survives donation of the first parameters."""
+    start = jax.tree.map(jnp.copy, G)
+    tx = add_regularizer(l2_sp(new=["b"], new_strength=0.0), 0.5)
+    state = jax.jit(tx.init)(start)
+    moved = jax.jit(lambda p: jax.tree.map(lambda x: x + 1, p), donate_argnums=0)(start)
+    g = jax.tree.map(jnp.ones_like, moved)  # agrees with the way back
+    got, state = jax.jit(tx.update)(g, state, moved)
+    np.testing.assert_allclose(got["a"], [1.5, 1.5], rtol=1e-6)
+    np.testing.assert_array_equal(got["b"]["c"], g["b"]["c"])
+    chex.assert_trees_all_close(state.anchor["a"], G["a"])
+    assert jax.tree.leaves(state.anchor["b"]) == []
 
 
 def test_several_regularizers_are_resolved_each_on_its_own():

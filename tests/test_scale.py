@@ -84,6 +84,14 @@ MAKERS = {
 }
 
 
+@pytest.mark.parametrize("scope", ["unit", "element"])
+def test_groups_inside_of_leaves_take_no_more_memory_than_two_trees(scope):
+    def make(source):
+        return optax.chain(add_regularizer(l2_sp(source), 0.1, scope=scope), ADAM)
+
+    assert peak(make, False) < 1.02 * 5 * TREE + 2 * TREE
+
+
 @pytest.mark.parametrize("whole", [None, "c"], ids=["all", "but one"])
 @pytest.mark.parametrize("name", MAKERS)
 def test_fully_sharded_updates_take_small_sums_and_gather_nothing(name, whole):

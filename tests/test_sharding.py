@@ -69,8 +69,7 @@ PARAMS, G, R = tree(0), tree(1), tree(2)
 def transformations(scopes, source):
     """Every scope, with every option that could gather something."""
     found = {
-        scope: dtnh(2.0, scope=scope, ema_decay=0.9, max_ratio=0.5)
-        for scope in scopes
+        scope: dtnh(2.0, scope=scope, ema_decay=0.9, max_ratio=0.5) for scope in scopes
     }
     pull = add_regularizer(l2_sp(source), 2.0, scope=scopes[0])
     return {**found, f"l2_sp, {scopes[0]}": pull}

@@ -34,9 +34,7 @@ def train(params: Params, x: jax.Array) -> Params:
     for tx in (
         optax.chain(dtnh(0.1), optax.adam(1e-3)),
         optax.chain(resolve_conflicts(double, warm_up, scope="leaf"), optax.sgd(0.1)),
-        resolve_conflicts(
-            [(rules.gate, "leaf"), (rules.dtnh, "element")], jnp.array(1)
-        ),
+        resolve_conflicts(rules.gate, jnp.array(1), scope="element", max_ratio=warm_up),
         dtnh({"features": 0.1, "logits": warm_up}, scope={"body": "a", "head": "b"}),
         accumulate_pairs(dtnh(0.1, mask=lambda p: {"body": True, "head": False}), 4),
         decoupled(optax.adamw(1e-3), 1e-4, max_ratio=1.0),
