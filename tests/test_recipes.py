@@ -540,11 +540,16 @@ def logging_conflicts(names: Names):
         g, r = grad(at), minus(at.params, start)
         expected = cosine(g, r)
         np.testing.assert_allclose(line["cosine"], expected, atol=1e-4)
-        assert line["conflict"] == (line["cosine"] < 0)
+        angles = {name: cosine(g[name], r[name]) for name in g}
+        size = {name: x.size for name, x in g.items()}
+        conflict = sum(size[name] for name in g if angles[name] < 0)
+        share = conflict / sum(size.values())
+        np.testing.assert_allclose(line["conflict"], share, rtol=1e-5)
         np.testing.assert_allclose(line["loss_norm"], dot(g, g) ** 0.5, rtol=1e-3)
         norm = 0.1 * dot(r, r) ** 0.5
         np.testing.assert_allclose(line["regularizer_norm"], norm, rtol=1e-3)
-        removed = 1 - (1 - min(0.0, expected) ** 2) ** 0.5
+        kept = [dot(r[n], r[n]) * (1 - min(0.0, angles[n]) ** 2) for n in g]
+        removed = 1 - (sum(kept) / dot(r, r)) ** 0.5 if norm else 0
         np.testing.assert_allclose(line["removed"], removed, atol=1e-3)
         assert line["skipped"] == 0
         moved = minus(at.new_params, at.params)
@@ -560,6 +565,22 @@ def logging_conflicts(names: Names):
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+def built_before_the_parameters(names: Names):
+    start, tx = names["pretrained"], names["tx"]
+    grad = gradient(names["loss"], names["x"], names["y"])
+    steps = walk(names["step"], start, tx.init(start), [()] * 40)
+    near(steps[-1].new_params, names["params"])
+    conflicts = 0
+    for at in steps:
+        g = grad(at)
+        r = times(0.1, minus(at.params, start))
+        r["head"] = 0 * r["head"]
+        conflicts += dot(g, r) < 0
+        near(minus(at.new_params, at.params), times(-0.2, resolved(g, r)))
+    assert conflicts > 5
+    assert names["moved"] > 0.1
+
+
 CHECKS = {
     "AdamW with schedules": adamw_with_schedules,
     "Low-rank adapters (LoRA)": low_rank_adapters,
@@ -568,6 +589,7 @@ CHECKS = {
     "A new head, left alone": a_new_head,
     "Several regularizers at once": several_regularizers,
     "Continual learning: protect the old task": continual_learning,
+    "An optimizer that is built before the parameters": built_before_the_parameters,
     "Instead of weight decay": instead_of_weight_decay,
     "Porting a PyTorch script with L2-SP": porting_from_pytorch,
     "NNX": with_nnx,

@@ -90,7 +90,6 @@ def rules() -> dict[str, Callable[[Gram], Weights]]:
         "orthogonal": lambda gram: _stack(1 + _along(gram, 0), 1),
         "dynamic_barrier": lambda gram: _stack(np.maximum(0, 1 + _along(gram, 0)), 1),
         "pcgrad": _pcgrad,
-        "upgrad": _upgrad,
         "dualproj": lambda gram: _into_cone(gram, np.ones(gram.shape[:-1])),
         "cagrad": _cagrad,
         "mgda": _mgda,
@@ -114,11 +113,6 @@ def _along(gram: Gram, of: int, conflicts_only: bool = False) -> np.ndarray:
 def _pcgrad(gram: Gram) -> Weights:
     """Each is projected in turn: g off r, r off g, and both are added."""
     return _stack(1 + _along(gram, 0, True), 1 + _along(gram, 1, True))
-
-
-def _upgrad(gram: Gram) -> Weights:
-    g, r = (_into_cone(gram, np.eye(2)[i] + 0 * gram[..., 0]) for i in range(2))
-    return g + r
 
 
 def _into_cone(gram: Gram, weights: Weights) -> Weights:
