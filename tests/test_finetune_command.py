@@ -225,6 +225,7 @@ def test_studies_that_are_not_installed_are_in_the_repository(capsys, monkeypatc
     err = refused(capsys, "matrix")
     assert err.startswith("dtnh: the studies, matrix and benchmarks, are in the rep")
     monkeypatch.setattr(sys, "argv", ["benchmarks"])
+    monkeypatch.delitem(sys.modules, "dtnh_jax.benchmarks", raising=False)
     with pytest.raises(SystemExit) as exit_info:
         runpy.run_module("dtnh_jax.benchmarks", run_name="__main__")
     assert exit_info.value.code == 2
