@@ -16,7 +16,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from dtnh_jax import _axes
-from dtnh_jax._trees import AlignedLeaves, flatten, prefix_leaves
+from dtnh_jax._trees import (
+    AlignedLeaves,
+    computed_once,
+    flatten,
+    prefix_leaves,
+)
 from dtnh_jax.rules import Rule
 from dtnh_jax.rules._gram import Coefficients, Gram, ratio
 from dtnh_jax.rules._gram import coefficients as answer
@@ -95,7 +100,8 @@ class Groups(NamedTuple):
         """The regularizer's part of the update: `c.g * m + c.r * strength * r`."""
         c = [Coefficients(each.g, _times(each.r, strength)) for each in c]
         if self.kind == "whole":
-            c = [Coefficients(c[0].g[i], c[0].r[i]) for i in self.row_of]
+            of_m, of_r = map(computed_once, c[0])
+            c = [Coefficients(of_m[i], of_r[i]) for i in self.row_of]
         return [_added(_times(of.g, x), _times(of.r, y)) for of, x, y in zip(c, m, r)]
 
     def record(
@@ -149,7 +155,6 @@ class Groups(NamedTuple):
             for i, x, n in zip(self.row_of, column, copies):
                 rows[i].append(x / np.float32(n) if n > 1 else x)
             zero = jnp.zeros_like(column[0])
-            # XLA computes a reduction once, and additions anew wherever they are used.
             sums = [jnp.sum(jnp.stack(row)) if row else zero for row in rows]
             joined.append(jnp.stack(sums))
         return _axes.add(joined, self.axes)

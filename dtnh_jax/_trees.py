@@ -326,6 +326,15 @@ def prevent_cse(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: hide(x) if is_trainable(x) else x, tree)
 
 
+def computed_once(x: Array) -> Array:
+    """Returns the same numbers, which XLA computes once for all leaves, on a CPU.
+
+    What is cheap it computes anew inside the loop of every leaf, sums over all leaves
+    among it, which takes long to compile. A division it does not repeat.
+    """
+    return x / prevent_cse(jnp.ones_like(x))
+
+
 def recomputed(
     function: Callable[..., PyTree], tree: PyTree, *args: PyTree
 ) -> Callable[[], PyTree]:
