@@ -99,7 +99,7 @@ class Groups(NamedTuple):
     ) -> list[Array]:
         """The regularizer's part of the update: `c.g * m + c.r * strength * r`."""
         c = [Coefficients(each.g, _times(each.r, strength)) for each in c]
-        if self.kind == "whole":
+        if self.kind == "whole" and m:
             of_m, of_r = map(computed_once, c[0])
             c = [Coefficients(of_m[i], of_r[i]) for i in self.row_of]
         return [_added(_times(of.g, x), _times(of.r, y)) for of, x, y in zip(c, m, r)]
