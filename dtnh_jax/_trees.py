@@ -149,12 +149,7 @@ class AlignedLeaves(NamedTuple):
     like: list[Any]  # for each of these an array of its shape and dtype
 
     def pick(self, tree: PyTree, name: str) -> list[Array]:
-        """Returns leaves that take part of a tree like the loss gradient, in float32.
-
-        Args:
-          tree: of gradients or parameters; missing leaves are zeros.
-          name: of the argument, for errors.
-        """
+        """Returns a tree's leaves that take part, in float32, zeros where missing."""
         leaves = align(tree, self.tree, name, "loss")
         return [
             as_float32(leaves[i])
@@ -188,15 +183,12 @@ class AlignedLeaves(NamedTuple):
     def subtracted(self, tree: PyTree, values: Sequence[Array]) -> PyTree:
         """Returns a tree like the loss gradient less values, where it has leaves."""
         leaves = align(tree, self.tree, "updates", "loss")
-        return self.onto(
-            tree,
-            [
-                (as_float32(leaves[i]) - value).astype(leaves[i].dtype)
-                if is_trainable(leaves[i])
-                else leaves[i]
-                for i, value in zip(self.places, values)
-            ],
-        )
+        there = [leaves[i] for i in self.places]
+        less = [
+            (as_float32(x) - value).astype(x.dtype) if is_trainable(x) else x
+            for x, value in zip(there, values)
+        ]
+        return self.onto(tree, less)
 
     def zeros(self) -> PyTree:
         """Zeros in at least float32, and `optax.MaskedNode` where none takes part."""
