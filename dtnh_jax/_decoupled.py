@@ -71,7 +71,8 @@ def decoupled(
         schedule of the step.
       mask: as in `dtnh`.
       axis_name: as in `dtnh`; the inner optimizer works on what a device holds. A
-        `regularizer_optimizer` adds a sum over devices, of one number.
+        `regularizer_optimizer` adds a sum over devices, of one number, and `max_ratio`
+        one of the norms of `u`.
 
     Returns:
       A complete optimizer; what it returns is added to the parameters.

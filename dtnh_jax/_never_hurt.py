@@ -76,10 +76,11 @@ def never_hurt(
         multiple of `|m|`. With more than 1 it helps more at a strength that suits, and
         harms at one that does not.
       mask: as in `dtnh`.
-      axis_name: as in `dtnh`. What is measured needs two sums over devices.
+      axis_name: as in `dtnh`.
 
     Returns:
-      A transformation that gives gradients: an optimizer comes after it.
+      A transformation that gives gradients: an optimizer comes after it. With the
+      keyword `held_out_grads` the averages are of the gradient on held-out examples.
 
     Raises:
       ValueError: for values that are out of range or trees that do not match.
