@@ -2,6 +2,7 @@
 
 from dtnh_jax import regularizers, rules
 from dtnh_jax._accumulate import accumulate_pairs
+from dtnh_jax._choose_trust import TrustChoice, choose_trust
 from dtnh_jax._decoupled import cautious, decoupled
 from dtnh_jax._gradients import GradientPair, value_and_gradient_pair
 from dtnh_jax._metrics import conflict_metrics, first_order_harm
@@ -18,9 +19,11 @@ __all__ = [
     "ConflictState",
     "GradientPair",
     "NeverHurtState",
+    "TrustChoice",
     "accumulate_pairs",
     "add_regularizer",
     "cautious",
+    "choose_trust",
     "conflict_metrics",
     "decoupled",
     "dtnh",

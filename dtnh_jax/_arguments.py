@@ -57,11 +57,11 @@ class Options(NamedTuple):
 
     def strength_at(self, name: str, step: Array) -> Float[Array, ""]:
         """The strength of a regularizer at a step."""
-        return _at(self.strengths[name], step)
+        return at(self.strengths[name], step)
 
     def max_ratio_at(self, step: Array) -> Float[Array, ""] | None:
         """The bound at a step, or None for no bound."""
-        return None if self.max_ratio is None else _at(self.max_ratio, step)
+        return None if self.max_ratio is None else at(self.max_ratio, step)
 
 
 def checked_options(
@@ -124,8 +124,8 @@ def _checked_strengths(strength: Any) -> dict[str, Strength]:
     return dict(strength)
 
 
-def _at(value: Strength, step: Array) -> Float[Array, ""]:
-    """A number, or a schedule's at a step, in at least float32."""
+def at(value: Strength, step: Array) -> Float[Array, ""]:
+    """Returns a number, or a schedule's at a step, in at least float32."""
     return as_float32(value(step) if callable(value) else value)
 
 

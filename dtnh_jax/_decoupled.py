@@ -140,7 +140,8 @@ def decoupled(
             gradients,
             params,
             held_out_grads,
-            ask=matched,  # lengths of gradients and of steps have no common unit
+            # Lengths of gradients and of steps have no common unit.
+            ask=lambda _, gram: matched(options.rule, gram),
             lengths=updates,
         )
         return leaves.subtracted(updates, part), DecoupledState(conflict, inner, own)

@@ -47,6 +47,7 @@ class Measured(NamedTuple):
     sums: Float[Array, "5 rows"]
     size: Float[Array, "rows"]  # parameters
     skipped: Int[Array, ""]  # updates so far that left a group out
+    trust: Float[Array, ""] | None = None  # of `never_hurt` alone
 
 
 def unmeasured(rows: int) -> Measured:

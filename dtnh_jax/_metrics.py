@@ -35,6 +35,8 @@ def conflict_metrics(
         `ema_decay` its moving average, or the held-out gradient;
         `regularizer_norm`, that of the regularizer's, times its strength;
         `removed`, the share of the regularizer's norm that the rule took away;
+        `trust`, of `never_hurt` alone: the share of the loss gradient's usual length
+        that the regularizer's part may have;
         `skipped`, how many updates so far left out a regularizer gradient, or a group
         of it, because a sum was not finite (not with `per_group`).
       With several regularizers, a dict of these by their names. With several
@@ -76,7 +78,7 @@ def _derived(measured: Measured, per_group: bool) -> dict[str, Any]:
 
 
 def _metrics(measured: Measured, per_group: bool) -> dict[str, Any]:
-    sums, size, skipped = measured
+    sums, size, skipped, trust = measured
     if not per_group:
         sums, size = jnp.sum(sums, axis=-1), jnp.sum(size, axis=-1)
     axis = sums.ndim - 1 - per_group  # states may be a batch
@@ -93,6 +95,8 @@ def _metrics(measured: Measured, per_group: bool) -> dict[str, Any]:
         "regularizer_norm": regularizer_norm,
         "removed": jnp.where(jnp.isfinite(removed), removed, 0),
     }
+    if trust is not None:
+        metrics["trust"] = trust
     return metrics if per_group else {**metrics, "skipped": skipped}
 
 

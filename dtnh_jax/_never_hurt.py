@@ -1,32 +1,40 @@
-"""`never_hurt`: a regularizer that is followed as far as the loss is known to agree."""
+"""`never_hurt`: a regularizer that is trusted as far as held-out examples say."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from dtnh_jax import rules
-from dtnh_jax._arguments import Number, Strength, check_number, checked_options
-from dtnh_jax._axes import AxisName, check_parts
-from dtnh_jax._geometry import Measured, clipped, finite, groups_of, root
-from dtnh_jax._resolve import init_state
+from dtnh_jax._arguments import Options, Strength, at, check_number, checked_options
+from dtnh_jax._axes import AxisName
+from dtnh_jax._geometry import Measured, finite, groups_of, root
+from dtnh_jax._resolve import ConflictState, init_state, resolve
 from dtnh_jax._trees import Mask, aligned, given
 from dtnh_jax.regularizers.weights import WeightRegularizer
 from dtnh_jax.rules._gram import Coefficients, Gram, ratio
 
+# Of trust that is learned: where it starts, and between what it stays.
+START, FLOOR, CAP = 0.03, 0.01, 3.0
+# The agreement's moving average; how far one step moves the logarithm of trust, and
+# the agreement at which it moves by three quarters of that.
+_DECAY, _STEP, _CLEAR = 0.9, 0.4, 1 / 30
+
 
 class NeverHurtState(NamedTuple):
-    """State of `never_hurt`: two trees like the parameters, in single precision."""
+    """State of `never_hurt`: scalars; those of a regularizer in a dict by name."""
 
     # Updates so far with a finite loss gradient.
     step: Int[Array, ""]
-    # Moving averages of the loss gradient and of its square, from zero.
-    mean: PyTree
-    mean_square: PyTree
+    # Sum of the norms of those gradients.
+    loss_norms: Float[Array, ""]
+    # The largest norm so far of the regularizer's gradient, times its strength.
+    largest: PyTree
+    # Moving average of the cosine of the held-out and the regularizer's gradient.
+    agreement: PyTree
     # As in `ConflictState`.
     anchor: PyTree
     measured: Measured | dict[str, Measured]
@@ -36,51 +44,51 @@ def never_hurt(
     strength: Strength | Mapping[str, Strength] = 1.0,
     *,
     regularizer: WeightRegularizer | Mapping[str, WeightRegularizer] | None = None,
-    ema_decay: Number = 0.9,
-    max_ratio: Strength = 1.0,
+    trust: Strength | None = None,
     mask: Mask | None = None,
     axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adds a regularizer's gradient as far as it is sure that the loss agrees.
+    """Adds a regularizer's gradient, scaled to a share of the loss gradient: its trust.
 
-    The gradient of a mini-batch is a noisy estimate of the loss's, so that what agrees
-    with it may work against the loss all the same. The moving average `m` of gradients
-    knows better, and the moving average of their squares, `s^2`, tells how well. For
-    each parameter:
+    With `g` the loss gradient and `r` that of the regularizer times its strength, the
+    update is
 
-    1. The regularizer's gradient, times its strength, is multiplied by the confidence
-       `max(0, 2 p - 1)`, where `p` is the chance that the loss's gradient has its sign.
-    2. It is cut down to `max_ratio * |m|`, however large the strength.
+    `g + min(1, trust * mean(||g||) / max(||r||)) * r`,
 
-    The chance is that of Student's t. A mean with weights `w` of the steps, of sum 1,
-    has the standard error `sqrt((s^2 - m^2) / n)` and `n` degrees of freedom, where
-    `n = 1 / (sum of w^2) - 1`: 18 after many steps with a decay of 0.9, and 0 after
-    the first one, of which nothing can be concluded.
+    where the mean and the maximum are over the steps so far. So the part of the
+    regularizer has at most `trust` times the usual length of the loss gradient, however
+    large the strength: a strength that is too large does what a good one does. There is
+    no projection, because a regularizer that generalizes must often work against the
+    loss on the training examples.
 
-    What is left is added to the loss gradient. So in every parameter the update goes
-    where the loss most likely falls, and at most `1 + max_ratio` times as fast. At
-    the first step nothing is known, and the update is the loss gradient.
+    Only held-out examples can tell how far to trust it. There are two ways:
 
-    It keeps two trees of the size of the parameters, as Adam does. Adam's own are of
-    no use here: its squares are averaged over a thousand steps, and its decay of means
-    is another.
+    - **Few examples**: give `trust` the level that `choose_trust` finds by
+      cross-validation. Levels from 0.1 to 3 cover all strengths.
+    - **Many examples, one pass**: leave `trust` out and pass `held_out_grads`, the
+      gradient of a loss on examples that are not trained on, at every step or every
+      few. Trust rises while the moving average of its cosine with `r` is above 0, and
+      falls while it is below, between 0.01 and 3. For classifiers take the gradient of
+      `regularizers.expected_error`. Until some are given, trust is 0.03, with which a
+      regularizer can neither hurt nor help much.
+
+    The state is a few scalars (and, for a self-anchored regularizer, its anchor).
 
     Args:
-      strength: factor of the regularizer, at least 0: a number, a schedule of the
-        step, or a dict of these by the names of several regularizers.
+      strength: the most that a regularizer's gradient is multiplied by, at least 0: a
+        number, a schedule of the step, or a dict of these by the names of several
+        regularizers. Too small a strength leaves trust nothing to choose from: take a
+        hundred times the usual one.
       regularizer: of the weights, or a dict of several by the names of `strength`.
         Then updates are plain gradients of the loss, and `params` are needed. Without
         one, updates are a `GradientPair`, or `regularizer_grads` is given.
-      ema_decay: of the moving averages, at least 0 and below 1.
-      max_ratio: the most that a regularizer may add to a parameter's gradient, as a
-        multiple of `|m|`. With more than 1 it helps more at a strength that suits, and
-        harms at one that does not.
+      trust: a level for all steps, at least 0, or a schedule; None to learn it.
       mask: as in `dtnh`.
       axis_name: as in `dtnh`.
 
     Returns:
-      A transformation that gives gradients: an optimizer comes after it. With the
-      keyword `held_out_grads` the averages are of the gradient on held-out examples.
+      A transformation that gives gradients: an optimizer comes after it.
+      `conflict_metrics` shows `trust` beside the other metrics.
 
     Raises:
       ValueError: for values that are out of range or trees that do not match.
@@ -90,33 +98,36 @@ def never_hurt(
       >>> from dtnh_jax import never_hurt
       >>> from dtnh_jax.regularizers import l2_sp
       >>> params = {"w": jnp.array([1.0, 2.0])}
-      >>> tx = optax.chain(never_hurt(regularizer=l2_sp(params)), optax.adamw(1e-3))
+      >>> safe = never_hurt(100.0, regularizer=l2_sp(params), trust=0.3)
+      >>> tx = optax.chain(safe, optax.adamw(1e-3))
       >>> state = tx.init(params)
       >>> updates, state = tx.update({"w": jnp.array([0.1, -0.2])}, state, params)
 
     References:
-      The direction to protect: Hsieh et al., 2024, "Bloop",
-      https://arxiv.org/abs/2402.02998. Confidence and bounds are this library's.
+      Bounds by the size of the main gradient: He et al., 2022, "MetaBalance",
+      https://arxiv.org/abs/2203.06801. Weights learned from agreement with held-out
+      gradients: Lin et al., 2019, https://arxiv.org/abs/1910.12795. The form of the
+      bound and its choice are this library's.
     """
-    # `None`, which elsewhere means to do without, has no meaning here.
-    check_number("ema_decay", ema_decay, below=1.0)
-    check_number("max_ratio", max_ratio, schedule=True)
+    if trust is not None:
+        check_number("trust", trust, schedule=True)
     options = checked_options(
-        rules.gate,
-        strength,
-        regularizer,
-        "element",
-        ema_decay,
-        max_ratio,
-        mask,
-        axis_name,
+        rules.weighted_sum, strength, regularizer, mask=mask, axis_name=axis_name
     )
+    start = jnp.float32(START) if trust is None else jnp.zeros([], jnp.float32)
 
     def init(params):
         state = init_state(options, params)
-        squares = jax.tree.map(jnp.real, state.ema)
+        zeros = options.join({name: jnp.zeros([]) for name in options.strengths})
+        measured = options.by_name(state.measured, "state.measured")
+        measured = {name: x._replace(trust=start) for name, x in measured.items()}
         return NeverHurtState(
-            state.step, state.ema, squares, state.anchor, state.measured
+            state.step,
+            loss_norms=jnp.zeros([]),
+            largest=zeros,
+            agreement=zeros,
+            anchor=state.anchor,
+            measured=options.join(measured),
         )
 
     def update(
@@ -132,53 +143,51 @@ def never_hurt(
         loss, gradients = given(
             options, updates, regularizer_grads, params, state.anchor
         )
-        params = loss if params is None else params
-        first = {name: gradient() for name, gradient in gradients.items()}
-        leaves = aligned(loss, list(first.values()), mask, params)
-        groups = groups_of("element", leaves, params, options.axes)
-        g = leaves.pick(loss, "updates")
-        check_parts(g, leaves.pick(params, "params"), options.axes)
-        watched = g
-        if held_out_grads is not None:
-            watched = leaves.pick(held_out_grads, "held_out_grads")
-        decay = jnp.asarray(ema_decay, jnp.float32)
-        forgotten = decay ** (state.step + 1).astype(jnp.float32)  # weight of the zeros
-        means, squares = (
-            [decay * old + (1 - decay) * x for old, x in zip(leaves.pick(*tree), new)]
-            for tree, new in (
-                ((state.mean, "state.mean"), watched),
-                ((state.mean_square, "state.mean_square"), map(_square, watched)),
+        measured = options.by_name(state.measured, "state.measured")
+        largest = dict(options.by_name(state.largest, "state.largest"))
+        agreement = options.by_name(state.agreement, "state.agreement")
+        level = {name: x.trust for name, x in measured.items()}
+        if trust is not None:
+            level = {name: at(trust, state.step) for name in level}
+        elif held_out_grads is not None:
+            cosines = _cosines(options, loss, gradients, held_out_grads, params)
+            agreement = {
+                name: _DECAY * agreement[name] + (1 - _DECAY) * cosines[name]
+                for name in level
+            }
+            level = {name: _moved(level[name], agreement[name]) for name in level}
+        loss_norms = state.loss_norms
+
+        def ask(name: str, gram: Gram) -> Coefficients:
+            nonlocal loss_norms
+            is_finite = finite(gram)
+            g, r = (jnp.where(is_finite, root(x), 0)[0] for x in (gram.gg, gram.rr))
+            # Every regularizer sees the same `g`.
+            loss_norms = jnp.maximum(loss_norms, state.loss_norms + g)
+            largest[name] = jnp.maximum(largest[name], r)
+            limit = level[name] * loss_norms / (state.step + 1).astype(jnp.float32)
+            factor = jnp.minimum(1, ratio(limit, largest[name]))
+            factor = jnp.where(largest[name] > 0, factor, 1)
+            return Coefficients(
+                jnp.zeros_like(gram.gg), jnp.where(is_finite, factor, 0)
             )
+
+        leaves, part, after = resolve(
+            options,
+            ConflictState(state.step, None, state.anchor, state.measured),
+            loss,
+            gradients,
+            params,
+            ask=ask,
         )
-        m = [x / (1 - forgotten) for x in means]
-        spread = [root(x / (1 - forgotten)) for x in squares]
-        freedom = (1 + decay) / (1 - decay) * (1 - forgotten) / (1 + forgotten) - 1
-        freedom = jnp.where(state.step == 0, 0, jnp.maximum(freedom, 0))
-
-        total, measured = g, {}
-        for name, before in options.by_name(state.measured, "state.measured").items():
-            factor = options.strength_at(name, state.step)
-            r = leaves.pick(first[name], "regularizer_grads")
-            again = leaves.getter(gradients[name], "regularizer_grads")
-            grams = groups.measure(m, again, factor)
-            c = [_sure(*each, freedom) for each in zip(grams, spread)]
-            bounded = clipped(c, grams, options.max_ratio_at(state.step))
-            part = groups.contribution(bounded, m, r, factor)
-            total = [x + y for x, y in zip(total, part)]
-            measured[name] = groups.record(grams, bounded, m, r, before)
-
-        norms = next(iter(measured.values())).sums[0]
-        is_finite = jnp.all(jnp.isfinite(norms))
-
-        def kept(new, tree, name):
-            """Takes one more gradient into account, if that is finite."""
-            pairs = zip(new, leaves.pick(tree, name))
-            return leaves.onto(tree, [jnp.where(is_finite, *each) for each in pairs])
-
-        return leaves.restore(total), NeverHurtState(
-            jnp.where(is_finite, optax.safe_increment(state.step), state.step),
-            kept(means, state.mean, "state.mean"),
-            kept(squares, state.mean_square, "state.mean_square"),
+        measured = options.by_name(after.measured, "state.measured")
+        measured = {n: x._replace(trust=level[n]) for n, x in measured.items()}
+        g = leaves.pick(loss, "updates")
+        return leaves.restore([x + y for x, y in zip(g, part)]), NeverHurtState(
+            after.step,
+            loss_norms,
+            options.join(largest),
+            options.join(agreement),
             state.anchor,
             options.join(measured),
         )
@@ -186,37 +195,31 @@ def never_hurt(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _square(x: Array) -> Array:
-    return jnp.square(jnp.abs(x))
+def _cosines(
+    options: Options,
+    loss: optax.Updates,
+    gradients: Mapping[str, Any],
+    held_out_grads: optax.Updates,
+    params: optax.Params | None,
+) -> dict[str, Float[Array, ""]]:
+    """Returns the cosine of the held-out with each regularizer's gradient."""
+    params = loss if params is None else params
+    first = {name: gradient() for name, gradient in gradients.items()}
+    leaves = aligned(loss, list(first.values()), options.mask, params)
+    groups = groups_of(options.scope, leaves, params, options.axes)
+    h, found = leaves.pick(held_out_grads, "held_out_grads"), {}
+    for name, gradient in gradients.items():
+        again = leaves.getter(gradient, "regularizer_grads")
+        grams = groups.measure(h, again)
+        found[name] = jnp.zeros([])
+        for gram in grams:  # one, or none where no leaf takes part
+            cosine = ratio(ratio(gram.gr, root(gram.gg)), root(gram.rr))[0]
+            is_finite = finite(gram)[0] & jnp.isfinite(cosine)
+            found[name] = jnp.where(is_finite, cosine, 0).astype(jnp.float32)
+    return found
 
 
-def _sure(gram: Gram, spread: Array, freedom: Float[Array, ""]) -> Coefficients:
-    """Takes of the regularizer the share that is sure to agree with the mean.
-
-    Args:
-      gram: of the mean and the regularizer's gradient, number by number.
-      spread: root mean square of the loss gradient.
-      freedom: degrees of freedom of the mean.
-    """
-    share = confidence(jnp.sign(gram.gr) * ratio(root(gram.gg), spread), freedom)
-    return Coefficients(jnp.zeros_like(share), jnp.where(finite(gram), share, 0))
-
-
-def confidence(ratio: Array, freedom: Float[Array, ""]) -> Array:
-    """`2 p - 1`, at least 0, where `p` is the chance that a mean's true sign is plus.
-
-    Args:
-      ratio: of a mean to the root mean square of what it is of, from -1 to 1.
-      freedom: degrees of freedom of the mean. Its t is
-        `sqrt(freedom) * ratio / sqrt(1 - ratio^2)`.
-
-    References:
-      Wallace, 1959, equation 2.5, https://doi.org/10.1214/aoms/1177706090, for the
-      normal deviate that is as likely as a t: wrong by less than 0.01 in `p` for one
-      degree of freedom, and by less than 0.0005 for eighteen.
-    """
-    ratio = jnp.clip(ratio, 0, 1 - 2.0**-24)
-    # log(1 + t^2 / freedom) = -log(1 - ratio^2)
-    spread = root(-freedom * jnp.log1p(-ratio * ratio))
-    deviate = (8 * freedom + 1) / (8 * freedom + 3) * spread
-    return jax.lax.erf(deviate / np.sqrt(2.0).astype(np.float32))
+def _moved(trust: Float[Array, ""], agreement: Float[Array, ""]) -> Float[Array, ""]:
+    """Returns the trust after a step in which gradients agreed so far."""
+    moved = jnp.log(trust) + _STEP * jnp.tanh(agreement / np.float32(_CLEAR))
+    return jnp.exp(jnp.clip(moved, np.float32(np.log(FLOOR)), np.float32(np.log(CAP))))

@@ -281,7 +281,7 @@ def resolve(
     gradients: Mapping[str, Callable[[], optax.Updates]],
     params: optax.Params | None,
     held_out_grads: optax.Updates | None = None,
-    ask: Callable[[rules.Rule, Gram], Coefficients] = coefficients,
+    ask: Callable[[str, Gram], Coefficients] | None = None,
     lengths: optax.Updates | None = None,
 ) -> tuple[AlignedLeaves, list[Array], ConflictState]:
     """Resolves every regularizer's gradient against the gradient that is protected.
@@ -293,12 +293,15 @@ def resolve(
       gradients: by name, functions that return a gradient `r`, before its strength.
       params: the parameters, for masks and labels that are functions of them.
       held_out_grads: gradient of a loss on held-out examples, to protect instead of g.
-      ask: asks the rule about a Gram matrix.
+      ask: what to add, of the name of a regularizer and a Gram matrix; by default what
+        the rule says.
       lengths: a tree whose norms `max_ratio` is of, instead of the protected one's.
 
     Returns:
       The leaves that take part; what all regularizers add there; the next state.
     """
+    if ask is None:
+        ask = lambda _, gram: coefficients(options.rule, gram)  # noqa: E731
     params = loss if params is None else params
     first = {name: gradient() for name, gradient in gradients.items()}
     leaves = aligned(loss, list(first.values()), options.mask, params)
@@ -319,7 +322,7 @@ def resolve(
         again = leaves.getter(gradients[name], "regularizer_grads")
         strength = options.strength_at(name, state.step)
         grams = groups.measure(m, again, strength)  # Gram matrices of m and r, by group
-        c = [ask(options.rule, gram) for gram in grams]
+        c = [ask(name, gram) for gram in grams]
         bounded = clipped(c, grams, rho, longest)
         part = groups.contribution(bounded, m, r, strength)  # c.g * m + c.r * r
         total = [x + y for x, y in zip(total, part)]

@@ -1,14 +1,15 @@
-"""What `never_hurt` promises: the size and the sign of what it adds, and to whom."""
+"""What `never_hurt` promises: the size of what it adds, and how its trust moves."""
+
+import functools
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from scipy import stats
 
 from dtnh_jax import GradientPair, conflict_metrics, never_hurt
-from dtnh_jax._never_hurt import confidence
 from dtnh_jax.regularizers import l2_sp
 
 SHAPES = {"kernel": (4, 3), "bias": (3,)}
@@ -22,168 +23,188 @@ def tree(seed, scale=1.0):
     }
 
 
-def history(tx, pairs, params=None):
-    """All updates of a sequence of pairs, and the last state."""
+def norm(x):
+    return np.sqrt(sum(np.sum(np.float64(leaf) ** 2) for leaf in x.values()))
+
+
+def cosine(x, y):
+    inner = sum(np.sum(np.float64(x[name]) * y[name]) for name in x)
+    return inner / norm(x) / norm(y)
+
+
+def history(tx, pairs, params=None, held_out=None):
+    """All updates of a sequence of pairs, and all states."""
     params = params or tree(0)
-    state, found = tx.init(params), []
-    update = jax.jit(tx.update)
-    for pair in pairs:
-        updates, state = update(pair, state, params)
+    state, found, states = tx.init(params), [], []
+    with_held_out = jax.jit(lambda *given: tx.update(*given[:3], held_out_grads=given[3]))
+    without = jax.jit(tx.update)
+    for number, pair in enumerate(pairs):
+        h = held_out[number] if held_out else None
+        updates, state = (
+            without(pair, state, params)
+            if h is None
+            else with_held_out(pair, state, params, h)
+        )
         found.append(updates)
-    return found, state
-
-
-def exact(pairs, strength, decay, ratio):
-    """The same in float64, with the weights of the average written out."""
-    found = []
-    for now in range(1, len(pairs) + 1):
-        weights = decay ** np.arange(now)[::-1]
-        weights = weights / weights.sum()
-        update = {}
-        for name in SHAPES:
-            g = np.stack([np.float64(pair.loss[name]) for pair in pairs[:now]])
-            y = strength * np.float64(pairs[now - 1].regularizer[name])
-            mean = np.tensordot(weights, g, 1)
-            square = np.tensordot(weights, g**2, 1)
-            squares = np.sum(weights**2)
-            sure = np.zeros_like(y)
-            if now > 1:
-                variance = (square - mean**2) / (1 - squares)  # of one gradient
-                t = mean * np.sign(y) / np.sqrt(variance * squares)
-                sure = np.maximum(2 * stats.t.cdf(t, 1 / squares - 1) - 1, 0)
-            part = np.sign(y) * np.minimum(sure * np.abs(y), ratio * np.abs(mean))
-            update[name] = g[-1] + part
-        found.append(update)
-    return found
+        states.append(state)
+    return found, states
 
 
 @pytest.mark.parametrize("strength", [0.01, 1.0, 1e4])
-@pytest.mark.parametrize(("decay", "ratio"), [(0.9, 1.0), (0.5, 0.3)])
-def test_it_is_students_confidence_bounded_by_the_mean(strength, decay, ratio):
-    # A signal in noise, so that some parameters are sure and some are not.
-    pairs = [
-        GradientPair(
-            jax.tree.map(np.add, tree(1, 0.5), tree(10 + step)), tree(50 + step % 2)
-        )
-        for step in range(12)
-    ]
-    tx = never_hurt(strength, ema_decay=decay, max_ratio=ratio)
-    found, _ = history(tx, pairs)
-    added = 0
-    for ours, theirs, pair in zip(found, exact(pairs, strength, decay, ratio), pairs):
+@pytest.mark.parametrize("trust", [0.1, 3.0])
+def test_the_part_is_the_bounded_regularizer(strength, trust):
+    pairs = [GradientPair(tree(s), tree(50 + s, 0.1 * s)) for s in range(6)]
+    found, states = history(never_hurt(strength, trust=trust), pairs)
+    lengths, largest = [], 0.0
+    for pair, update in zip(pairs, found):
+        lengths.append(norm(pair.loss))
+        largest = max(largest, strength * norm(pair.regularizer))
+        factor = min(1, trust * np.mean(lengths) / largest) if largest else 1
         for name in SHAPES:
-            # The normal deviate that stands for t is off by up to 0.013 in `2 p - 1`.
-            allowed = 1e-4 + 0.015 * strength * np.abs(pair.regularizer[name])
-            bound = np.minimum(allowed, 1e-4 + 2 * np.abs(theirs[name]))
-            assert (np.abs(ours[name] - theirs[name]) <= bound).all()
-            added += np.sum(ours[name] != pair.loss[name])
-    assert added > 20
+            expected = pair.loss[name] + factor * strength * pair.regularizer[name]
+            np.testing.assert_allclose(update[name], expected, rtol=2e-5, atol=1e-6)
+        part = jax.tree.map(np.subtract, update, pair.loss)
+        assert norm(part) <= trust * np.mean(lengths) * (1 + 1e-5)
+    np.testing.assert_allclose(conflict_metrics(states[-1])["trust"], trust, rtol=1e-6)
 
 
-@pytest.mark.parametrize("freedom", [1.0, 3.0, 18.0])
-def test_confidence_is_that_of_students_t(freedom):
-    t = np.linspace(-6, 6, 61)
-    ratio = jnp.asarray(t / np.sqrt(freedom + t**2), jnp.float32)
-    expected = np.maximum(2 * stats.t.cdf(t, freedom) - 1, 0)
-    ours = confidence(ratio, jnp.float32(freedom))
-    np.testing.assert_allclose(ours, expected, atol=0.02 if freedom < 2 else 0.003)
+def test_beyond_the_bound_strength_makes_no_difference():
+    pairs = [GradientPair(tree(s), tree(50 + s)) for s in range(4)]
+    ours, _ = history(never_hurt(1e2, trust=0.5), pairs)
+    theirs, _ = history(never_hurt(1e8, trust=0.5), pairs)
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-5)
 
 
-@pytest.mark.parametrize("strength", [1.0, 1e6])
-def test_no_parameter_goes_against_the_mean_or_far_beyond_it(strength):
-    pairs = [GradientPair(tree(step), tree(90 + step)) for step in range(20)]
-    found, state = history(never_hurt(strength), pairs)
-    unbias = 1 / (1 - 0.9**20)
-    for name in SHAPES:
-        part = np.asarray(found[-1][name]) - pairs[-1].loss[name]
-        mean = np.asarray(state.mean[name]) * unbias
-        rounding = 1e-5
-        assert (part * mean >= -rounding).all()
-        assert (np.abs(part) <= np.abs(mean) + rounding).all()
+@pytest.mark.parametrize("scale", [1e-15, 1e15])
+def test_it_is_the_same_at_any_scale(scale):
+    pairs = [GradientPair(tree(s), tree(50 + s)) for s in range(3)]
+    scaled = jax.tree.map(lambda x: np.float32(scale) * x, pairs)
+    ours, _ = history(never_hurt(3.0, trust=0.3), scaled)
+    theirs, _ = history(never_hurt(3.0, trust=0.3), pairs)
+    expected = jax.tree.map(lambda x: np.float32(scale) * x, theirs)
+    chex.assert_trees_all_close(ours, expected, rtol=1e-4)
 
 
-def test_the_first_step_and_strength_zero_are_the_loss_alone():
-    pairs = [GradientPair(tree(step), tree(7)) for step in range(3)]
-    (first, *_), _ = history(never_hurt(10.0), pairs)
-    chex.assert_trees_all_equal(first, pairs[0].loss)
-    found, _ = history(never_hurt(0.0), pairs)
+@pytest.mark.parametrize(("strength", "trust"), [(0.0, 1.0), (10.0, 0.0)])
+def test_no_strength_and_no_trust_are_the_loss_alone(strength, trust):
+    pairs = [GradientPair(tree(s), tree(7)) for s in range(3)]
+    found, _ = history(never_hurt(strength, trust=trust), pairs)
     chex.assert_trees_all_equal(found, [pair.loss for pair in pairs])
 
 
-def test_numbers_that_agree_are_kept_beside_others_of_their_leaf():
-    # All steps the same: nothing is uncertain, and what agrees is kept.
-    g = {"kernel": np.ones((4, 3), np.float32), "bias": np.ones(3, np.float32)}
-    r = {
-        "kernel": np.float32([[-1, -1, 1]] * 4),
-        "bias": np.float32([1, 1, -1]),
-    }
-    found, state = history(never_hurt(1.0), [GradientPair(g, r)] * 5)
-    np.testing.assert_allclose(found[-1]["kernel"], [[1, 1, 2]] * 4, rtol=1e-5)
-    np.testing.assert_allclose(found[-1]["bias"], [2, 2, 1], rtol=1e-5)
-    seen = conflict_metrics(state)
-    np.testing.assert_allclose(seen["conflict"], (8 + 1) / 15, rtol=1e-6)
-    np.testing.assert_allclose(seen["removed"], 1 - np.sqrt(6 / 15), rtol=1e-4)
+def test_trust_takes_a_schedule():
+    path = jnp.array([0.1, 0.2, 0.3])
+    pairs = [GradientPair(tree(s), tree(7)) for s in range(3)]
+    _, states = history(never_hurt(1e4, trust=lambda step: path[step]), pairs)
+    seen = [conflict_metrics(state)["trust"] for state in states]
+    np.testing.assert_allclose(seen, path)
 
 
-@pytest.mark.parametrize("scale", [1e-15, 1e-6, 1e6, 1e15])
-def test_it_is_the_same_at_any_scale(scale):
-    def pairs(scale):
-        return [
-            GradientPair(
-                jax.tree.map(lambda a, b: scale * (a + b), tree(1), tree(10 + step)),
-                jax.tree.map(lambda x: scale * x, tree(5)),
-            )
-            for step in range(6)
-        ]
-
-    ours, _ = history(never_hurt(3.0), pairs(np.float32(scale)))
-    theirs, _ = history(never_hurt(3.0), pairs(np.float32(1)))
-    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
-        np.testing.assert_allclose(one / np.float32(scale), other, rtol=1e-3)
-
-
-def test_plain_gradients_with_a_regularizer_are_a_pair():
-    params, source = tree(0), tree(1)
-    pull = l2_sp(source)
-    grads = [tree(10 + step) for step in range(4)]
-    plain, state = history(never_hurt(0.5, regularizer=pull), grads, params)
-    pairs = [GradientPair(g, pull.gradient(params)) for g in grads]
-    paired, other = history(never_hurt(0.5), pairs, params)
-    chex.assert_trees_all_close(plain, paired, rtol=1e-6)
-    chex.assert_trees_all_close(state, other, rtol=1e-6)
-    with pytest.raises(ValueError, match="`params` must be given"):
-        never_hurt(regularizer=pull).update(grads[0], state)
-
-
-def test_several_regularizers_are_judged_one_by_one():
-    pairs = [GradientPair(tree(step), tree(7)) for step in range(4)]
-    both = [
-        GradientPair(pair.loss, {"a": pair.regularizer, "b": tree(8)}) for pair in pairs
+def test_trust_follows_the_agreement_with_held_out_gradients():
+    pairs = [GradientPair(tree(s), tree(50 + s)) for s in range(50)]
+    held_out = [
+        jax.tree.map(lambda x, y: 0.3 * sign * x + y, pair.regularizer, tree(90 + s))
+        for s, (pair, sign) in enumerate(zip(pairs, [1] * 15 + [-1] * 35))
     ]
-    found, state = history(never_hurt({"a": 1.0, "b": 0.0}), both)
-    alone, _ = history(never_hurt(1.0), pairs)
-    chex.assert_trees_all_close(found, alone, rtol=1e-6)
-    assert conflict_metrics(state)["b"]["regularizer_norm"] == 0
+    held_out[4] = held_out[5] = None  # not at every step
+    _, states = history(never_hurt(1e3), pairs, held_out=held_out)
+    agreement, trust = 0.0, 0.03
+    for pair, h, state in zip(pairs, held_out, states):
+        if h is not None:
+            agreement = 0.9 * agreement + 0.1 * cosine(pair.regularizer, h)
+            moved = np.log(trust) + 0.4 * np.tanh(30 * agreement)
+            trust = np.exp(np.clip(moved, np.log(0.01), np.log(3)))
+        np.testing.assert_allclose(conflict_metrics(state)["trust"], trust, rtol=1e-4)
+    path = [float(state.measured.trust) for state in states]
+    assert max(path) == pytest.approx(3.0)  # the cap, and then down again
+    assert path[-1] == pytest.approx(0.01)  # the floor
 
 
-def test_what_is_not_finite_is_left_out_and_forgotten():
-    pairs = [GradientPair(tree(step), tree(7)) for step in range(4)]
-    nan = jax.tree.map(lambda x: x * np.float32(np.nan), tree(0))
-    expected, kept = history(never_hurt(1.0), pairs)
-    bad = [*pairs[:2], GradientPair(nan, tree(7)), *pairs[2:]]
-    found, state = history(never_hurt(1.0), bad)
-    assert np.isnan(found[2]["bias"]).all()
-    chex.assert_trees_all_close(found[-1], expected[-1], rtol=1e-6)
-    chex.assert_trees_all_close(state.mean, kept.mean, rtol=1e-6)
-    found, state = history(
-        never_hurt(1.0), [*pairs[:2], GradientPair(pairs[2].loss, nan)]
+def test_without_held_out_gradients_trust_stays_where_it_starts():
+    pairs = [GradientPair(tree(s), tree(50 + s)) for s in range(3)]
+    _, states = history(never_hurt(1e3), pairs)
+    assert [float(s.measured.trust) for s in states] == [np.float32(0.03)] * 3
+
+
+def test_each_of_several_regularizers_has_its_own_trust():
+    g, good, bad = tree(1), tree(2), tree(3)
+    tx = never_hurt({"good": 1e3, "bad": 1e3})
+    state, params = tx.init(g), g
+    for _ in range(5):
+        h = jax.tree.map(lambda x, y: x / norm(good) - y / norm(bad), good, bad)
+        pair = GradientPair(g, {"good": good, "bad": bad})
+        updates, state = tx.update(pair, state, params, held_out_grads=h)
+    seen = conflict_metrics(state)
+    assert seen["good"]["trust"] > 0.1
+    assert seen["bad"]["trust"] == pytest.approx(0.01)
+    for name in SHAPES:
+        expected = g[name] + norm(g) * (
+            seen["good"]["trust"] * good[name] / norm(good)
+            + seen["bad"]["trust"] * bad[name] / norm(bad)
+        )
+        np.testing.assert_allclose(updates[name], expected, rtol=1e-4)
+
+
+def test_plain_gradients_with_a_self_anchored_regularizer_are_a_pair():
+    source, params = tree(1), tree(0)
+    tx = never_hurt(0.5, regularizer=l2_sp(), trust=1.0)
+    state = tx.init(source)
+    pull = jax.tree.map(np.subtract, params, source)
+    ours, _ = tx.update(tree(10), state, params)
+    pair = GradientPair(tree(10), pull)
+    theirs, _ = history(never_hurt(0.5, trust=1.0), [pair])
+    chex.assert_trees_all_close(ours, theirs[0], rtol=1e-5)
+
+
+def test_the_state_is_scalars():
+    tx = never_hurt(1.0)
+    state = jax.eval_shape(tx.init, tree(0))
+    assert sum(x.size for x in jax.tree.leaves(state)) <= 16
+    pair = GradientPair(tree(0), tree(1))
+    after = jax.eval_shape(
+        functools.partial(tx.update, held_out_grads=tree(2)), pair, state, tree(0)
+    )[1]
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_moves_nothing(bad):
+    broken = jax.tree.map(lambda x: x * bad, tree(3))
+    pairs = [GradientPair(tree(1), tree(2)), GradientPair(tree(1), broken)]
+    tx = never_hurt(1e3)
+    found, (first, second) = history(tx, pairs, held_out=[tree(2), tree(2)])
+    chex.assert_trees_all_equal(found[1], pairs[1].loss)
+    assert second.measured.skipped == 1
+    assert second.largest == first.largest
+    # A held-out gradient that is not finite counts as no agreement.
+    _, (_, third) = history(tx, pairs[:1] * 2, held_out=[tree(2), broken])
+    assert third.agreement == pytest.approx(0.9 * float(first.agreement))
+    # A loss gradient is passed on, and forgotten.
+    broken_loss = GradientPair(broken, tree(2))
+    found, (_, last) = history(tx, [pairs[0], broken_loss], held_out=[tree(2)] * 2)
+    assert not np.isfinite(found[1]["bias"]).any()
+    assert last.loss_norms == first.loss_norms
+    assert last.step == 1
+
+
+def test_masked_leaves_are_the_loss_alone_and_lengthen_nothing():
+    mask = {"kernel": True, "bias": False}
+    g, r = tree(1), tree(2)
+    updates, state = never_hurt(1e6, trust=1.0, mask=mask).update(
+        GradientPair(g, r), never_hurt(1e6, trust=1.0, mask=mask).init(g), g
     )
-    chex.assert_trees_all_equal(found[-1], pairs[2].loss)
-    assert conflict_metrics(state)["skipped"] == 1
+    chex.assert_trees_all_equal(updates["bias"], g["bias"])
+    assert state.loss_norms == pytest.approx(np.linalg.norm(g["kernel"]), rel=1e-5)
 
 
-def test_options_out_of_range_are_named():
-    with pytest.raises(ValueError, match="`ema_decay` must be at least 0 and be"):
-        never_hurt(ema_decay=1.0)
-    with pytest.raises(ValueError, match="`max_ratio` must be at least 0"):
-        never_hurt(max_ratio=-1.0)
+@pytest.mark.parametrize("trust", [-0.1, np.inf, np.nan])
+def test_a_trust_out_of_range_is_named(trust):
+    with pytest.raises(ValueError, match="`trust`"):
+        never_hurt(1.0, trust=trust)
+
+
+def test_it_works_as_a_hyperparameter():
+    tx = optax.inject_hyperparams(never_hurt)(strength=1e3, trust=0.2)
+    state = tx.init(tree(0))
+    _, state = tx.update(GradientPair(tree(1), tree(2)), state, tree(0))
+    assert conflict_metrics(state)["trust"] == pytest.approx(0.2)

@@ -1,0 +1,200 @@
+"""One cell of the study: a pair, an optimizer and a regularizer, all methods."""
+
+import functools
+import json
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dtnh_jax.linen import capture_features
+from dtnh_jax.studies.trust import catalogue, measure, tasks
+from dtnh_jax.studies.trust.catalogue import FOLDS, METHODS, PAIRS
+from dtnh_jax.studies.trust.networks import NETWORKS
+from dtnh_jax.studies.trust.training import Data, make_trainer, train
+
+
+class Cell(NamedTuple):
+    """What one file of results is about."""
+
+    pair: str
+    optimizer: str
+    regularizer: str | None  # None for what is done without one
+
+    @property
+    def file(self) -> str:
+        """Its name."""
+        name = "-".join([*self[:2], self.regularizer or "alone"])
+        kept = [c if c.isalnum() or c in "-_" else " " for c in name]
+        return "_".join("".join(kept).split()) + ".json"
+
+
+class Setting(NamedTuple):
+    """What all methods of a pair share."""
+
+    source: Any
+    starts: Any  # variables [S ...]
+    data: Data
+    folds: list[list[np.ndarray]]  # rows held out, by seed and fold
+    measure: Callable[[Any], measure.Axes]
+    right: Callable[[Any, Any, Any], Any]
+
+
+@functools.lru_cache(maxsize=1)
+def setting(name: str, seeds: tuple[int, ...], data_dir: pathlib.Path) -> Setting:
+    """Reads and makes what a pair needs.
+
+    Raises:
+      ValueError: images can not be read.
+    """
+    pair = PAIRS[name]
+    network, layers = NETWORKS[pair.network]
+    source = tasks.load_source(pair.source, pair.network, data_dir)
+    test, pool = tasks.split(pair, data_dir)
+    _, unseen = tasks.source_images(pair.source, data_dir)
+    unseen = unseen.pick(np.arange(min(tasks.UNSEEN_IMAGES, len(unseen.labels))))
+    drawn = [tasks.draw(pair, pool, seed) for seed in seeds]
+    steps, size = catalogue.STEPS[pair.network], catalogue.BATCH_SIZE
+
+    def order(task, seed, fold):
+        rows = np.arange(len(task.train.labels))
+        if fold < FOLDS:
+            rows = np.setdiff1d(rows, task.folds[fold])
+        return rows[tasks.batches(len(rows), steps, size, [seed, fold])]
+
+    def start(seed):
+        head = tasks.random_variables(network, 1000 + seed)["params"]["head"]
+        return {**source, "params": {**source["params"], "head": head}}
+
+    look = jax.jit(functools.partial(capture_features(network, layers), train=False))
+    inputs = [task.train.inputs() for task in drawn]
+    teachers = [jax.device_get(look(source, x)[1]) for x in inputs]
+    return Setting(
+        source,
+        jax.tree.map(lambda *x: np.stack(x), *map(start, seeds)),
+        Data(
+            np.stack(inputs),
+            np.stack([task.train.labels for task in drawn]),
+            {name: np.stack([t[name] for t in teachers]) for name in layers},
+            np.stack(
+                [
+                    [order(task, seed, fold) for fold in range(FOLDS + 1)]
+                    for task, seed in zip(drawn, seeds)
+                ]
+            ),
+        ),
+        [task.folds for task in drawn],
+        measure.make_measure(network, source, test, unseen),
+        measure.make_right(network),
+    )
+
+
+def run(cell: Cell, seeds: tuple[int, ...], data_dir: pathlib.Path) -> dict[str, Any]:
+    """Trains all networks of a cell.
+
+    Returns:
+      By method: `values`; each axis `[V][S]`; `right`, of held-out examples
+      `[V][S][folds]`, which are classified as their label, in the order of their rows,
+      as a string of 0 and 1.
+    """
+    place, start = setting(cell.pair, seeds, data_dir), time.monotonic()
+    found: dict[str, Any] = {}
+    if cell.regularizer is None:
+        found["plain"], states = _run_method(cell, place, "plain", [0.0])
+        early = METHODS["early"].values
+        found["early"] = _joined(early, [_judge(place, s, [0.0]) for s in states[:-1]])
+        ways = METHODS["wise-ft"].values
+        back = [_towards(states[-1], place.source, way) for way in ways]
+        found["wise-ft"] = _joined(ways, [_judge(place, s, [0.0]) for s in back])
+    for name, method in METHODS.items():
+        if name in found or method.is_alone != (cell.regularizer is None):
+            continue
+        found[name], _ = _run_method(cell, place, name, list(method.values))
+    return {
+        **cell._asdict(),
+        "seeds": list(seeds),
+        "examples": len(place.data.labels[0]),
+        "seconds": round(time.monotonic() - start, 1),
+        "methods": found,
+    }
+
+
+def _run_method(cell, place, name, values):
+    pair = PAIRS[cell.pair]
+    network, layers = NETWORKS[pair.network]
+    trainer = make_trainer(
+        network,
+        layers,
+        cell.regularizer,
+        name,
+        cell.optimizer,
+        catalogue.LEARNING_RATES[cell.optimizer],
+        catalogue.STEPS[pair.network],
+    )
+    has_all = name == "plain" or METHODS[name].all_folds
+    kept = [*range(FOLDS if has_all else 1), FOLDS]
+    data = place.data._replace(order=place.data.order[:, kept])
+    parts = 10 if name == "plain" else 1
+    states = train(
+        trainer,
+        place.starts,
+        values,
+        place.source["params"],
+        data,
+        is_mapped=pair.network == "dense",
+        parts=parts,
+    )
+    return _judge(place, states[-1], values), states
+
+
+def _judge(place: Setting, variables: Any, values: list[float]) -> dict[str, Any]:
+    """What networks `[S F V ...]` come to."""
+    seeds, folds = jax.tree.leaves(variables)[0].shape[:2]
+    right = []
+    for v in range(len(values)):
+        right.append([])
+        for s in range(seeds):
+            right[-1].append([])
+            for f in range(folds - 1):
+                rows = place.folds[s][f]
+                one = jax.tree.map(lambda x: x[s, f, v], variables)  # noqa: B023
+                hits = place.right(
+                    one, place.data.images[s][rows], place.data.labels[s][rows]
+                )
+                right[-1][-1].append("".join(map(str, np.asarray(hits).astype(int))))
+    flat = jax.tree.map(lambda x: x[:, -1].reshape(-1, *x.shape[3:]), variables)
+    axes = place.measure(flat)
+    return {
+        "values": list(values),
+        "right": right,
+        **{
+            name: np.round(x.reshape(seeds, -1).T, 4).tolist()
+            for name, x in axes.items()
+        },
+    }
+
+
+def _joined(values: tuple[float, ...], found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Puts what each value came to, one by one, together."""
+    names = [name for name in found[0] if name != "values"]
+    joined = {name: [each[name][0] for each in found] for name in names}
+    return {"values": list(values), **joined}
+
+
+def _towards(variables: Any, source: Any, way: float) -> Any:
+    """All but the head, a part of the way back to the source; statistics too."""
+
+    def mixed(x, s):
+        return (1 - way) * x + way * np.asarray(s)
+
+    found = jax.tree.map(mixed, variables, source)
+    found["params"]["head"] = variables["params"]["head"]
+    return found
+
+
+def read(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """All results in a folder."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
