@@ -24,14 +24,21 @@ def scores_of(right, seen=None):
 
 def test_every_example_is_held_out_once_and_never_trained_on_then():
     seen = []
-    table = {0.0: np.zeros(10), 1.0: np.zeros(10)}
-    choice = choose_trust(scores_of(table, seen), 10, levels=[1.0], folds=3)
+    table = {0.0: np.arange(10.0), 1.0: np.arange(10.0)[::-1]}
+    choose_trust(scores_of(table, seen), 10, levels=[1.0], folds=3)
     held_out = [rows for trust, _, rows in seen if trust == 0]
+    assert len(seen) == 6
     assert sorted(np.concatenate(held_out)) == [*range(10)]
     for _, train, rows in seen:
         assert sorted([*train, *rows]) == [*range(10)]
-    assert choice.trust == 0  # of equal ones the lower
-    assert choice.scores[0.0] == [0, 0, 0]
+
+
+def test_of_levels_that_do_the_same_the_lowest_is_taken_at_once():
+    right = np.ones(12)
+    table = {0.0: 0 * right, 0.1: right, 1.0: right}
+    choice = choose_trust(scores_of(table), 12, levels=[0.1, 1.0], folds=3)
+    assert choice.trust == 0.1
+    assert choice.trainings == 3
 
 
 def test_the_best_level_wins_and_the_others_stop_early():
@@ -66,7 +73,9 @@ def test_a_level_that_diverged_is_out():
     table = {0.0: np.zeros(8), 1.0: np.full(8, np.nan)}
     assert choose_trust(scores_of(table), 8, levels=[1.0]).trust == 0
     with pytest.raises(ValueError, match="finite scores"):
-        choose_trust(scores_of({x: np.full(8, np.nan) for x in (0.0, 1.0)}), 8, levels=[1.0])
+        choose_trust(
+            scores_of({x: np.full(8, np.nan) for x in (0.0, 1.0)}), 8, levels=[1.0]
+        )
 
 
 def test_folds_share_classes_evenly():

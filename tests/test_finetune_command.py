@@ -120,6 +120,36 @@ def test_the_real_network_and_photographs(capsys, data_dir, tmp_path, nothing_ke
     assert (run_dir / "results.json").read_bytes() == before
 
 
+def test_trust_is_chosen_by_a_race_over_folds(capsys, data_dir, tmp_path):
+    SOURCES["tiny"] = tiny_network.TINY
+    options = {**TINY, "--seeds": "1", "--data-dir": str(data_dir)}
+    arguments = [*itertools.chain(*options.items()), "--run-dir", str(tmp_path)]
+    arguments += ["--methods", "fine-tuning", "l2_sp+never_hurt"]
+    assert main(arguments) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    plain, cell = results["cells"]
+    assert "trust" not in plain
+    trained = [
+        json.loads(path.read_text()) for path in (tmp_path / "trust/cells").iterdir()
+    ]
+    assert cell["trainings"] == len(trained) + 1
+    assert 5 <= len(trained) <= 10
+    # Of eight training photographs, four folds hold out two each.
+    assert {len(each["predictions"]) for each in trained} == {2}
+    assert len(cell["predictions"]) == 10
+    out = capsys.readouterr().out
+    assert f"trust {cell['trust']:g}" in out
+    assert f"in {cell['trainings']} trainings" in (tmp_path / "report.md").read_text()
+    # What is complete is not trained again.
+    (tmp_path / "cells/l2_sp+never_hurt-seed0.json").unlink()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "trust").rglob("*")}
+    assert main(arguments) == 0
+    again = json.loads((tmp_path / "results.json").read_text())
+    assert again["cells"] == results["cells"]
+    cells = [path for path in before if path.parent.name == "cells"]
+    assert all(path.stat().st_mtime_ns == before[path] for path in cells)
+
+
 def test_tuning_chooses_on_validation_and_both_forms_get_it(
     capsys, monkeypatch, data_dir, tmp_path, nothing_kept
 ):

@@ -36,7 +36,9 @@ def history(tx, pairs, params=None, held_out=None):
     """All updates of a sequence of pairs, and all states."""
     params = params or tree(0)
     state, found, states = tx.init(params), [], []
-    with_held_out = jax.jit(lambda *given: tx.update(*given[:3], held_out_grads=given[3]))
+    with_held_out = jax.jit(
+        lambda *given: tx.update(*given[:3], held_out_grads=given[3])
+    )
     without = jax.jit(tx.update)
     for number, pair in enumerate(pairs):
         h = held_out[number] if held_out else None
@@ -102,9 +104,10 @@ def test_trust_takes_a_schedule():
 
 def test_trust_follows_the_agreement_with_held_out_gradients():
     pairs = [GradientPair(tree(s), tree(50 + s)) for s in range(50)]
+    signs = [1] * 15 + [-1] * 35
     held_out = [
-        jax.tree.map(lambda x, y: 0.3 * sign * x + y, pair.regularizer, tree(90 + s))
-        for s, (pair, sign) in enumerate(zip(pairs, [1] * 15 + [-1] * 35))
+        jax.tree.map(lambda x, y, a=0.3 * sign: a * x + y, pair.regularizer, noise)
+        for pair, sign, noise in zip(pairs, signs, map(tree, range(90, 140)))
     ]
     held_out[4] = held_out[5] = None  # not at every step
     _, states = history(never_hurt(1e3), pairs, held_out=held_out)

@@ -63,7 +63,7 @@ class Config:
     """
     methods: tuple[str, ...] = DEFAULT_METHODS
     """What to compare: REGULARIZER adds the gradients, REGULARIZER+dtnh resolves them,
-    REGULARIZER+never_hurt follows as far as the loss surely agrees; or `all`."""
+    REGULARIZER+never_hurt chooses how far to trust it by cross-validation; or `all`."""
     strength: Strengths = dataclasses.field(default_factory=dict)
     """Strengths to use instead of the default ones, such as l2_sp=0.1."""
     tune: bool = False

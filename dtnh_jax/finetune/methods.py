@@ -2,9 +2,9 @@
 
 A method is called `<regularizer>` where the two gradients are simply added, and
 `<regularizer>+<rule>` where a rule resolves their conflicts first. So a pair of those
-differs by the rule alone. `<regularizer>+never_hurt` takes more than a rule: it keeps
-moving averages of the loss gradient. `scratch`, `fine-tuning` and `lora` have no
-regularizer.
+differs by the rule alone. `<regularizer>+never_hurt` bounds the regularizer's gradient
+instead, by a trust that is chosen by cross-validation. `scratch`, `fine-tuning` and
+`lora` have no regularizer.
 """
 
 from typing import NamedTuple
@@ -71,6 +71,8 @@ REGULARIZERS = {
     "batch_spectral_shrinkage": Regularizer(0.0001, (0.0001, 0.001, 0.01)),
 }
 ADDED, NEVER_HURT = "sum", "never_hurt"
+# `never_hurt` has this multiple of the usual strength, so that trust decides alone.
+UNLIMITED = 1e4
 # A new rule is a name here, and a row in `training.optimizers`.
 RULES = (ADDED, "dtnh")
 

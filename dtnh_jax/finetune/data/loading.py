@@ -29,6 +29,10 @@ class Examples:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def pick(self, rows: np.ndarray) -> "Examples":
+        """Returns some of them, in the order of their rows."""
+        return Examples(self.images[rows], self.labels[rows])
+
 
 def split(
     labels: Int[np.ndarray, " n"],

@@ -154,7 +154,7 @@ def _sentence(method: Any) -> str:
     how = {
         "sum": "whose gradient is added to that of the loss",
         "dtnh": "whose gradient is projected where it conflicts with that of the loss",
-        "never_hurt": "which is followed as far as the loss surely agrees",
+        "never_hurt": "bounded by a trust that cross-validation chose",
     }
     return f"fine-tuned with the regularizer {method.regularizer}, {how[method.rule]}"
 

@@ -96,11 +96,17 @@ def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for name, numbers in results["methods"].items():
         method = METHODS[name]
         row = [name]
-        row.append(
-            f"{results['strengths'][method.regularizer]:g}"
-            if method.regularizer
-            else ""
-        )
+        trusts = [
+            format(cell["trust"], "g")
+            for cell in results["cells"]
+            if cell["method"] == name and "trust" in cell
+        ]
+        if trusts:
+            row.append(f"trust {', '.join(trusts)}")
+        elif method.regularizer:
+            row.append(f"{results['strengths'][method.regularizer]:g}")
+        else:
+            row.append("")
         keys = ["accuracy"] if is_even else ["accuracy", "balanced_accuracy"]
         row += [_level(numbers[key], several) for key in keys]
         row.append(_difference(found.get((name, method.plain))))
@@ -186,12 +192,28 @@ def notes(results: dict[str, Any]) -> list[str]:
         f"{config['image_size']} pixels, {results['steps']} steps of "
         f"{config['batch_size']} with {config['optimizer']}, scope {config['scope']}.",
         "Cosine and share in conflict are means over training.",
+        *_trusts(results["cells"]),
     ]
     for kind in ("source", "target"):
         sentences.append(
             f"{kind.capitalize()} {results[kind]['name']}: {results[kind]['licence']}"
         )
     return sentences
+
+
+def _trusts(cells: list[dict[str, Any]]) -> list[str]:
+    """How far each regularizer was trusted, and what the choice cost."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for cell in cells:
+        if "trust" in cell:
+            found.setdefault(cell["method"], []).append(cell)
+    return [
+        f"{method}: cross-validation on the training photographs chose the trust "
+        f"{', '.join(format(cell['trust'], 'g') for cell in ours)} (by seed), in "
+        f"{', '.join(str(cell['trainings']) for cell in ours)} trainings, the last one "
+        "on all photographs."
+        for method, ours in found.items()
+    ]
 
 
 def _markdown(

@@ -4,13 +4,16 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, TextIO
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from rich.console import Console
 
+from dtnh_jax import TrustChoice
 from dtnh_jax.finetune.data import loading
 from dtnh_jax.finetune.methods import Method
 from dtnh_jax.finetune.runs import (
@@ -18,6 +21,7 @@ from dtnh_jax.finetune.runs import (
     preparation,
     processes,
     progress,
+    race,
     tensorboard,
     trained,
 )
@@ -37,12 +41,18 @@ class Cell(NamedTuple):
     seed: int
     strength: float = 0.0
     is_tuning: bool = False
+    trust: float | None = None  # of `never_hurt`, once it is chosen
+    fold: int | None = None  # that is left out, for trust to be chosen by
 
     @property
     def name(self) -> str:
         """Names files, and lines of metrics."""
-        strength = f"-{self.strength:g}" if self.is_tuning else ""
-        return f"{self.method.name}{strength}-seed{self.seed}"
+        name = self.method.name
+        if self.is_tuning:
+            name += f"-{self.strength:g}"
+        if self.fold is not None:
+            name += f"-trust{self.trust:g}-fold{self.fold}"
+        return f"{name}-seed{self.seed}"
 
 
 def run_cells(
@@ -54,20 +64,69 @@ def run_cells(
     title: str,
 ) -> list[dict[str, Any]]:
     """Trains and evaluates cells that are not complete; returns all their results."""
+    total = sum(
+        1 + (race.MOST_TRAININGS if cell.method.never_hurts else 0) for cell in cells
+    )
     with (
-        progress.display(console, title, len(cells), experiment.steps) as shown,
+        progress.display(console, title, total, experiment.steps) as shown,
         _logging(shown, folder) as display,
     ):
-        results = []
-        for cell in cells:
-            result = processes.on_first(lambda cell=cell: folder.result(cell.name))
-            if result is None:
-                result = _run_cell(experiment, folder, cell, evaluation_set, display)
-            accuracy = f"accuracy {100 * result['accuracy']:.1f}%"
-            seconds = f"{result['seconds']:.0f} s"
-            display.end(f"{cell.name}: {accuracy}, {seconds}")
-            results.append(result)
-    return results
+        return [
+            _result(experiment, folder, cell, evaluation_set, display) for cell in cells
+        ]
+
+
+def _result(
+    experiment: Experiment,
+    folder: Folder,
+    cell: Cell,
+    evaluation_set: Callable[[], loading.Examples],
+    display: progress.Display,
+) -> dict[str, Any]:
+    """The result of a cell, which is trained unless it is complete."""
+    result = processes.on_first(lambda: folder.result(cell.name))
+    is_open = cell.method.never_hurts and cell.trust is None
+    if result is None and is_open:
+        choice, seconds = _race(experiment, folder.of_race(), cell, display)
+        cell = cell._replace(trust=choice.trust)
+        result = _run_cell(
+            experiment,
+            folder,
+            cell,
+            evaluation_set,
+            display,
+            {"trust": choice.trust, "trainings": choice.trainings + 1},
+            seconds,
+        )
+    elif result is None:
+        result = _run_cell(experiment, folder, cell, evaluation_set, display)
+    elif is_open:
+        display.skip(race.MOST_TRAININGS)
+    text = f"{cell.name}: accuracy {100 * result['accuracy']:.1f}%"
+    if "trust" in result:
+        text += f" with trust {result['trust']:g}, {result['trainings']} trainings"
+    display.end(f"{text}, {result['seconds']:.0f} s")
+    return result
+
+
+def _race(
+    experiment: Experiment, folder: Folder, cell: Cell, display: progress.Display
+) -> tuple[TrustChoice, float]:
+    """Chooses the trust of a cell; returns it, and the seconds that it took."""
+    labels, seconds = experiment.training_set(cell.seed).labels, []
+
+    def train(trust: float, fold: int) -> np.ndarray:
+        def held_out_set() -> loading.Examples:
+            return experiment.held_out_set(cell.seed, fold)
+
+        one = cell._replace(trust=trust, fold=fold)
+        result = _result(experiment, folder, one, held_out_set, display)
+        seconds.append(result["seconds"])
+        return 1.0 * (np.array(result["predictions"]) == held_out_set().labels)
+
+    choice = race.choose(labels, cell.seed, train)
+    display.skip(race.MOST_TRAININGS - len(seconds))
+    return choice, sum(seconds)
 
 
 def _logging(
@@ -85,9 +144,13 @@ def _run_cell(
     cell: Cell,
     evaluation_set: Callable[[], loading.Examples],
     display: progress.Display,
+    chosen: Mapping[str, Any] = MappingProxyType({}),
+    seconds_before: float = 0.0,
 ) -> dict[str, Any]:
     """Trains from the last checkpoint, or the start, and evaluates at the end."""
-    known = preparation.known(experiment, folder, cell.method, cell.seed, display)
+    known = preparation.known(
+        experiment, folder, cell.method, cell.seed, display, cell.fold
+    )
     state, seconds = _train_cell(experiment, folder, cell, known, display)
     started = time.monotonic()
     examples = evaluation_set()
@@ -99,12 +162,14 @@ def _run_cell(
         "method": cell.method.name,
         "seed": cell.seed,
         "strength": cell.strength,
+        **chosen,
         "accuracy": accuracy,
         "balanced_accuracy": balanced_accuracy,
         "predictions": predicted,
-        "seconds": seconds + time.monotonic() - started,
+        "seconds": seconds_before + seconds + time.monotonic() - started,
     }
-    if experiment.config.keep_weights and not cell.is_tuning:
+    is_last = not cell.is_tuning and cell.fold is None
+    if experiment.config.keep_weights and is_last:
         trained.keep(
             experiment,
             folder.path,
@@ -133,8 +198,8 @@ def _train_cell(
     variables = loop.starting_variables(
         experiment.source, classes, cell.seed, cell.method
     )
-    state = trainer.init(variables, cell.method, cell.strength)
-    batches = preparation.batches(experiment, folder, cell.method, cell.seed)
+    state = trainer.init(variables, cell.method, cell.strength, cell.trust or 0.0)
+    batches = preparation.batches(experiment, folder, cell.method, cell.seed, cell.fold)
     path = folder.checkpoints(cell.name)
     newest, warnings = processes.on_first(lambda: checkpoints.newest_whole(path))
     for warning in warnings:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from dtnh_jax.finetune.methods import METHODS, REGULARIZERS
+from dtnh_jax.finetune.methods import METHODS, REGULARIZERS, UNLIMITED, Method
 from dtnh_jax.finetune.runs.cells import Cell, run_cells
 from dtnh_jax.finetune.runs.folder import Folder
 from dtnh_jax.finetune.runs.preparation import Experiment
@@ -71,8 +71,16 @@ def test(
     """Trains every method with every seed and tests each once, at its end."""
     methods = [METHODS[name] for name in experiment.config.methods]
     cells = [
-        Cell(method, seed, strengths.get(method.regularizer or "", 0.0))
+        Cell(method, seed, _strength(method, strengths))
         for seed in range(experiment.config.seeds)
         for method in methods
     ]
     return run_cells(experiment, folder, cells, experiment.test_set, console, "all")
+
+
+def _strength(method: Method, strengths: dict[str, float]) -> float:
+    if method.regularizer is None:
+        return 0.0
+    if method.never_hurts:  # its trust decides alone
+        return UNLIMITED * REGULARIZERS[method.regularizer].strength
+    return strengths[method.regularizer]

@@ -9,6 +9,7 @@ checkpoints/       of the one that is in training
 weights/           the fine-tuned networks, see `trained`
 prepared/          the teacher's features and estimates of a seed, until the end
 tune/              metrics and cells of `--tune`
+trust/             metrics and cells of the trainings that trust was chosen by
 results.json, report.md and figures, at the end
 """
 
@@ -36,6 +37,10 @@ class Folder:
     def of_tuning(self) -> "Folder":
         """The folder for tuning, which shares what is prepared for a seed."""
         return Folder(self.path / "tune", self.prepared).make()
+
+    def of_race(self) -> "Folder":
+        """The folder for the race of levels of trust, which shares that too."""
+        return Folder(self.path / "trust", self.prepared).make()
 
     def clear(self) -> None:
         """Deletes what is of no use once there are results."""

@@ -17,7 +17,7 @@ from dtnh_jax.finetune.data import loading, splitting
 from dtnh_jax.finetune.data.targets import Target, load_target
 from dtnh_jax.finetune.methods import REGULARIZERS, Method
 from dtnh_jax.finetune.models.adapters import check_adapters
-from dtnh_jax.finetune.runs import processes, progress
+from dtnh_jax.finetune.runs import processes, progress, race
 from dtnh_jax.finetune.runs.folder import Folder
 from dtnh_jax.finetune.training import estimates, loop, meshes
 from dtnh_jax.finetune.training.network import in_dtype
@@ -32,7 +32,8 @@ class Experiment(NamedTuple):
     target: Target
     steps: int
     splits: loading.Splits  # its training set is what seeds draw from
-    training_set: Callable[[int], loading.Examples]  # of a seed
+    training_set: Callable[..., loading.Examples]  # of a seed, less a fold of it
+    held_out_set: Callable[[int, int], loading.Examples]  # of a seed and a fold
     validation_set: Callable[[], loading.Examples]  # read when first called, as is
     test_set: Callable[[], loading.Examples]
     trainer: Callable[[Method], loop.Trainer]  # those of a regularizer share one
@@ -72,7 +73,7 @@ def prepare(config: Config) -> Experiment:
         return loading.materialize(target, indices, config.image_size)
 
     @functools.cache
-    def training_set(seed: int) -> loading.Examples:
+    def everything(seed: int) -> loading.Examples:
         indices = splits.train
         if sizes.train * classes < len(indices):
             drawn = loading.split(
@@ -83,6 +84,18 @@ def prepare(config: Config) -> Experiment:
             )
             indices = indices[drawn.train]
         return materialize(indices)
+
+    def training_set(seed: int, fold: int | None = None) -> loading.Examples:
+        examples = everything(seed)
+        if fold is None:
+            return examples
+        held_out = race.folds(examples.labels, seed)[fold]
+        rows = np.setdiff1d(np.arange(len(examples.labels)), held_out)
+        return examples.pick(rows)
+
+    def held_out_set(seed: int, fold: int) -> loading.Examples:
+        examples = everything(seed)
+        return examples.pick(race.folds(examples.labels, seed)[fold])
 
     @functools.cache
     def made(regularizer: str | None, never_hurts: bool) -> loop.Trainer:
@@ -103,6 +116,7 @@ def prepare(config: Config) -> Experiment:
         steps,
         splits,
         training_set,
+        held_out_set,
         functools.cache(lambda: materialize(splits.validation)),
         functools.cache(lambda: materialize(splits.test)),
         lambda method: made(method.regularizer, method.never_hurts),
@@ -119,8 +133,12 @@ def known(
     method: Method,
     seed: int,
     display: progress.Display,
+    fold: int | None = None,
 ) -> loop.Known:
-    """What the regularizer of a method has to know; estimated once for a seed."""
+    """What the regularizer of a method has to know; estimated once for a seed.
+
+    With a fold, from the photographs that the fold trains on.
+    """
     name = method.regularizer
     asked = REGULARIZERS[name].estimate if name else None
     if asked is None:
@@ -128,10 +146,10 @@ def known(
     question = estimates.Question(
         experiment.source,
         jax.tree.map(jnp.asarray, experiment.variables),
-        experiment.training_set(seed),
+        experiment.training_set(seed, fold),
         len(experiment.target.class_names),
         seed,
-        folder.prepared / f"{asked}-seed{seed}",
+        folder.prepared / f"{asked}-{_part(seed, fold)}",
     )
 
     def measure() -> Any:
@@ -144,14 +162,23 @@ def known(
     return loop.Known(experiment.anchor, meshes.place(experiment.mesh, found))
 
 
+def _part(seed: int, fold: int | None) -> str:
+    """Names what photographs something was prepared from."""
+    return f"seed{seed}" if fold is None else f"seed{seed}-fold{fold}"
+
+
 def batches(
-    experiment: Experiment, folder: Folder, method: Method, seed: int
+    experiment: Experiment,
+    folder: Folder,
+    method: Method,
+    seed: int,
+    fold: int | None = None,
 ) -> grain.MapDataset:
     """The batches of a training, with what the teacher makes of them if needed."""
     config = experiment.config
 
     def blocks_of(size: int) -> grain.MapDataset:
-        views = _views(experiment, folder, method, seed)
+        views = _views(experiment, folder, method, seed, fold)
         return loading.training_batches(views, size, seed)
 
     size = config.batch_size // config.accumulate
@@ -159,9 +186,13 @@ def batches(
 
 
 def _views(
-    experiment: Experiment, folder: Folder, method: Method, seed: int
+    experiment: Experiment,
+    folder: Folder,
+    method: Method,
+    seed: int,
+    fold: int | None,
 ) -> grain.MapDataset:
-    views = loading.views(experiment.training_set(seed))
+    views = loading.views(experiment.training_set(seed, fold))
     name = method.regularizer
     has_teacher = name is not None and REGULARIZERS[name].has_teacher
     if not (has_teacher and experiment.config.cache_teacher):
@@ -170,7 +201,7 @@ def _views(
     variables = jax.tree.map(jnp.asarray, experiment.variables)
     return processes.first_before_others(
         lambda: teacher_cache.cache_features(
-            folder.prepared / f"teacher-seed{seed}",
+            folder.prepared / f"teacher-{_part(seed, fold)}",
             views,
             lambda batch: see(variables, batch["image"]),
             teacher=variables,

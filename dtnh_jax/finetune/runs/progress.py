@@ -29,6 +29,9 @@ class Display(Protocol):
     def end(self, summary: str) -> None:
         """The cell is complete."""
 
+    def skip(self, cells: int) -> None:
+        """So many cells are not needed."""
+
 
 @contextlib.contextmanager
 def display(console: Console, title: str, cells: int, steps: int) -> Iterator[Display]:
@@ -96,6 +99,10 @@ class _Bars:
         self.say(summary)
         self._progress.note = ""
 
+    def skip(self, cells: int) -> None:
+        self._cells_done += cells
+        self._progress.update(self._overall, completed=self._cells_done * self._steps)
+
 
 class _Lines:
     def __init__(self, console: Console, cells: int):
@@ -124,3 +131,6 @@ class _Lines:
         self._cells_done += 1
         self._last = time.monotonic()
         self._print(f"[{self._cells_done}/{self._cells}] {summary}")
+
+    def skip(self, cells: int) -> None:
+        self._cells_done += cells

@@ -58,6 +58,9 @@ class _Logged:
         self.close()
         self._display.end(summary)
 
+    def skip(self, cells: int) -> None:
+        self._display.skip(cells)
+
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()

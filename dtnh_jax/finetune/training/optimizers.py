@@ -43,7 +43,8 @@ def make_optimizer(
 
     Returns:
       A transformation, and the learning rate by its updates so far. With a
-      regularizer, `strength` and `rule` are in its state, to be set there.
+      regularizer, `strength` and `rule` are in its state, to be set there; with
+      `never_hurt`, `strength` and `trust`.
     """
     schedule = optax.cosine_decay_schedule(config.initial_learning_rate, steps)
     if config.optimizer == "sgd":
@@ -54,14 +55,16 @@ def make_optimizer(
     if regularizer_name is not None:
 
         def resolve(strength, rule):
-            if never_hurts:
-                return dtnh_jax.never_hurt(strength)
             return dtnh_jax.resolve_conflicts(
                 any_rule(names, rule), strength, scope=config.scope
             )
 
         # What is in the state is data, and no reason to compile again.
-        resolving = optax.inject_hyperparams(resolve)(strength=0.0, rule=0)
+        if never_hurts:
+            trusting = optax.inject_hyperparams(dtnh_jax.never_hurt)
+            resolving = trusting(strength=0.0, trust=0.0)
+        else:
+            resolving = optax.inject_hyperparams(resolve)(strength=0.0, rule=0)
         optimizer = optax.chain(resolving, optimizer)
     if config.accumulate == 1:
         return optimizer, schedule
@@ -90,6 +93,6 @@ def rule_number(
     return number
 
 
-def with_hyperparameters(opt_state: Any, strength: Any, rule: Any) -> Any:
-    """Returns a state of `make_optimizer` with a strength and a rule."""
-    return optax.tree.set(opt_state, strength=strength, rule=rule)
+def with_hyperparameters(opt_state: Any, **numbers: Any) -> Any:
+    """Returns a state of `make_optimizer` with other hyperparameters."""
+    return optax.tree.set(opt_state, **numbers)

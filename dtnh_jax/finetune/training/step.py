@@ -42,8 +42,9 @@ ALL_FINITE, LOSS = -1, -2  # instead of the number of a leaf
 class Trainer(NamedTuple):
     """How to train with one regularizer."""
 
-    # (variables to start from, method, strength) -> state; the variables are copied.
-    init: Callable[[Variables, Method, float], State]
+    # (variables to start from, method, strength, trust where it is `never_hurt`) ->
+    # state; the variables are copied.
+    init: Callable[..., State]
     # (state, batch, what is known, key of the run) -> state, metrics. The state is
     # donated: use the new one. The metrics are those before the update.
     step: Callable[[State, Any, Known, PRNGKeyArray], tuple[State, Metrics]]
@@ -86,7 +87,7 @@ def make_trainer(
     number_of = rule_number(regularizer_name, config, never_hurts=never_hurts)
 
     @jax.jit
-    def create(variables, strength, rule) -> State:
+    def create(variables, hyperparameters) -> State:
         # Copies, because steps donate the state and the source is still needed.
         variables = jax.tree.map(lambda x: jnp.array(x, copy=True), variables)
         state = State.create(
@@ -98,13 +99,17 @@ def make_trainer(
         )
         state = state.replace(step=jnp.zeros([], jnp.int32))
         if regularizer is not None:
-            opt_state = with_hyperparameters(state.opt_state, strength, rule)
+            opt_state = with_hyperparameters(state.opt_state, **hyperparameters)
             state = state.replace(opt_state=opt_state)
         return meshes.constrain(mesh, state)
 
-    def init(variables: Variables, method: Method, strength: float) -> State:
-        rule = np.int32(number_of(method))
-        return create(meshes.place(mesh, variables), np.float32(strength), rule)
+    def init(
+        variables: Variables, method: Method, strength: float, trust: float = 0.0
+    ) -> State:
+        number = np.int32(number_of(method))
+        chosen = {"trust": np.float32(trust)} if never_hurts else {"rule": number}
+        given = {"strength": np.float32(strength), **chosen}
+        return create(meshes.place(mesh, variables), given)
 
     apply = capture_features(network, [*source.feature_layers, "pooled"])
 

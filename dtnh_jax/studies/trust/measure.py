@@ -83,10 +83,8 @@ def make_measure(
 
     def measure(variables):
         count = len(jax.tree.leaves(variables)[0])
-        found = [
-            jax.device_get(compiled(jax.tree.map(lambda x: x[i], variables), *inputs))
-            for i in range(count)
-        ]
+        each = (jax.tree.map(lambda x, i=i: x[i], variables) for i in range(count))
+        found = [jax.device_get(compiled(one, *inputs)) for one in each]
         return {name: np.array([each[name] for each in found]) for name in AXES}
 
     return measure

@@ -75,7 +75,10 @@ def metabalance(optimizer, value, source, rate, strength=100.0, decay=0.9):
             return decay * old + (1 - decay) * jnp.sqrt(jnp.sum(x * x))
 
         r = jax.tree.map(lambda x: strength * x, pair.regularizer)
-        of_g, of_r = jax.tree.map(average, of_g, pair.loss), jax.tree.map(average, of_r, r)
+        of_g, of_r = (
+            jax.tree.map(average, of_g, pair.loss),
+            jax.tree.map(average, of_r, r),
+        )
 
         def balanced(g, r, m, n):
             scaled = (value * m / jnp.maximum(n, 1e-30) + 1 - value) * r
@@ -106,7 +109,9 @@ def pcd(optimizer, value, source, rate, decay=0.999):
         step, of_g, of_r, inner = state
         g, r = pair
         gg, gr, rr = (optax.tree.vdot(*each) for each in ((g, g), (g, r), (r, r)))
-        of_g, of_r = (decay * old + (1 - decay) * x for old, x in ((of_g, gg), (of_r, rr)))
+        of_g, of_r = (
+            decay * old + (1 - decay) * x for old, x in ((of_g, gg), (of_r, rr))
+        )
         unbias = 1 - decay ** (step + 1)
         a, b = (jax.lax.rsqrt(x / unbias + 1e-16) for x in (of_g, of_r))
         gg, gr, rr = a * a * gg, a * b * gr, b * b * rr
@@ -168,7 +173,13 @@ def ftp(optimizer, value, source, rate, step_size=0.01):
     def init(params):
         radius = jax.tree.map(lambda p: jnp.full_like(rows(p), 1e-8), params)
         slopes = jax.tree.map(jnp.zeros_like, params)
-        return jnp.zeros([], jnp.int32), radius, slopes, adam.init(radius), optimizer.init(params)
+        return (
+            jnp.zeros([], jnp.int32),
+            radius,
+            slopes,
+            adam.init(radius),
+            optimizer.init(params),
+        )
 
     def update(pair, state, params=None):
         assert params is not None

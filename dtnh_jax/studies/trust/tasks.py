@@ -112,14 +112,20 @@ def _pretrained(name: str, network: nn.Module, data_dir: pathlib.Path) -> Any:
 
         def loss(params):
             logits, new = network.apply(
-                {"params": params, **others}, images, train=True, mutable=["batch_stats"]
+                {"params": params, **others},
+                images,
+                train=True,
+                mutable=["batch_stats"],
             )
             each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             return jnp.mean(each), dict(new)
 
         grads, new = jax.grad(loss, has_aux=True)(variables["params"])
         updates, state = tx.update(grads, state)
-        return {"params": optax.apply_updates(variables["params"], updates), **new}, state
+        return {
+            "params": optax.apply_updates(variables["params"], updates),
+            **new,
+        }, state
 
     state, inputs = tx.init(variables["params"]), train.inputs()
     for rows in batches(len(train.labels), steps, _SOURCE_BATCH, 0):

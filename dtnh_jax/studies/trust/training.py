@@ -109,7 +109,9 @@ def make_trainer(
             pairs = dtnh_jax.value_and_gradient_pair(objective, has_aux=True)
             (_, new), pair = pairs(state.params)
         else:
-            alone = jax.grad(lambda p: (objective(p)[0][0], objective(p)[1]), has_aux=True)
+            alone = jax.grad(
+                lambda p: (objective(p)[0][0], objective(p)[1]), has_aux=True
+            )
             g, new = alone(state.params)
             pull = regularizers.l2_sp(source, new=["head"]).gradient(state.params)
             r = jax.tree.map(lambda x: strength * x, pull)
@@ -161,9 +163,7 @@ def train(
             for value in numbers:
                 state = jax.tree.map(jnp.array, init(start, value, source))
                 for number in range(steps):
-                    state = step(
-                        state, value, source, number, order[number], *examples
-                    )
+                    state = step(state, value, source, number, order[number], *examples)
                     if number + 1 in ends:
                         kept[ends.index(number + 1)].append(
                             jax.device_get(_variables(state))
@@ -208,9 +208,7 @@ def _mapped(trainer, starts, values, source, data, ends):
     def run(state, order, first):
         def body(state, each):
             number, rows = each
-            return step(
-                state, values, source, number, rows, *data[:3]
-            ), None
+            return step(state, values, source, number, rows, *data[:3]), None
 
         numbers = first + jnp.arange(len(order))
         return jax.lax.scan(body, state, (numbers, order))[0]

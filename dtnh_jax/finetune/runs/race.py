@@ -1,0 +1,46 @@
+"""How far `never_hurt` trusts a regularizer: levels race over folds."""
+
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Int
+
+from dtnh_jax import TrustChoice, choose_trust
+from dtnh_jax._choose_trust import cut_in_folds
+
+MOST_TRAININGS = 10  # of one race, see `choose_trust`
+_FOLDS = 4
+
+
+def count_folds(labels: Int[np.ndarray, " n"]) -> int:
+    """Returns how many folds a training set is cut into: fewer if it is tiny."""
+    return max(min(_FOLDS, len(labels)), 2)
+
+
+def folds(labels: Int[np.ndarray, " n"], seed: int) -> list[np.ndarray]:
+    """Returns the rows that each fold holds out."""
+    return cut_in_folds(np.asarray(labels), count_folds(labels), seed)
+
+
+def choose(
+    labels: Int[np.ndarray, " n"],
+    seed: int,
+    train: Callable[[float, int], np.ndarray],
+) -> TrustChoice:
+    """Chooses the level for the training set of a seed.
+
+    Args:
+      labels: of the training set.
+      seed: of the cut into folds.
+      train: of a level and a fold: trains without that fold, and returns which of its
+        photographs are classified as their label.
+    """
+    held_out_by = folds(labels, seed)
+
+    def evaluate(trust, _, held_out):
+        number = [np.array_equal(rows, held_out) for rows in held_out_by].index(True)
+        return train(trust, number)
+
+    return choose_trust(
+        evaluate, np.asarray(labels), folds=count_folds(labels), seed=seed
+    )
