@@ -12,7 +12,7 @@ _COMMANDS = {
     "export": "dtnh_jax.finetune.reports.export",
     "predict": "dtnh_jax.finetune.reports.predict",
     "report": "dtnh_jax.finetune.reports.html_report",
-    "matrix": "dtnh_jax.studies.matrix.command",
+    "study": "dtnh_jax.studies.trust.command",
 }
 _WITHOUT_A_WORD = "dtnh_jax.finetune.command"
 _STUDIES = "dtnh_jax.studies"
@@ -62,10 +62,10 @@ def run(module: str, argv: Sequence[str]) -> int:
 def _what_is_missing(name: str) -> str:
     if f"{name}.".startswith(f"{_STUDIES}."):
         return (
-            "the studies, matrix and benchmarks, are in the repository only: clone it, "
-            "and in there pip install -e '.[matrix]'"
+            "the study and the benchmarks are in the repository only: clone it, "
+            "and in there pip install -e '.[study]'"
         )
-    return f"the package {name} is missing: pip install 'dtnh-jax[matrix]'"
+    return f"the package {name} is missing: pip install 'dtnh-jax[study]'"
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ FACTORIES = {
     ),
     "never_hurt": never_hurt,
     "never_hurt regularizer": lambda strength: never_hurt(
-        strength, regularizer=l2(), max_ratio=0.5
+        strength, regularizer=l2(), trust=0.5
     ),
     "accumulate": lambda strength: accumulate_pairs(dtnh(strength), every_k=2),
 }

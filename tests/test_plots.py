@@ -30,39 +30,6 @@ def rendered(figure, path):
     return path.stat().st_size
 
 
-def test_a_bar_of_harm_is_as_long_as_its_share(tmp_path):
-    rates = {"sgd": {"sum": 0.5, "dtnh": 0.25}, "adam": {"dtnh": 0.0}}
-    figure = plots.harm_rates(rates)
-    assert rendered(figure, tmp_path / "harm.png") > 5000
-    sgd, adam = figure.axes
-    assert [bar.get_width() for bar in sgd.patches] == [50, 25]
-    assert [label.get_text() for label in sgd.get_yticklabels()] == ["sum", "dtnh"]
-    # A rule looks the same everywhere, and not only by its colour.
-    (other,) = adam.patches
-    assert other.get_facecolor() == sgd.patches[1].get_facecolor()
-    assert sgd.patches[0].get_hatch() != sgd.patches[1].get_hatch()
-
-
-def test_where_nothing_is_harmed_there_is_a_figure_too(tmp_path):
-    figure = plots.harm_rates({"sgd": {"sum": 0.0}})
-    assert rendered(figure, tmp_path / "harm.png") > 3000
-
-
-def test_worst_cases_are_in_percentage_points(tmp_path):
-    figure = plots.worst_cases({"sum": -0.566, "never-hurt": 0.01, "none": 0.0})
-    assert rendered(figure, tmp_path / "worst.png") > 5000
-    (axes,) = figure.axes
-    np.testing.assert_allclose(
-        [bar.get_width() for bar in axes.patches], [-56.6, 1.0, 0.0]
-    )
-    harm, gain, _ = axes.patches
-    assert harm.get_facecolor() != gain.get_facecolor()
-    assert harm.get_hatch() != gain.get_hatch()
-    low, high = axes.get_xlim()
-    assert low < -56.6
-    assert high > 1
-
-
 def ratio_row(name, ratio, target, **others):
     is_met = None if target is None else ratio <= target
     spread = {"ratio": ratio, "ratio_low": 0.9 * ratio, "ratio_high": 1.1 * ratio}
@@ -139,9 +106,6 @@ FIGURES = {
     ),
     "conflict_over_steps": lambda: plots.conflict_over_steps(lines(MANY[:7])),
     "conflict_over_steps, many": lambda: plots.conflict_over_steps(lines(MANY)),
-    "harm_rates": lambda: plots.harm_rates(
-        {"sgd": dict.fromkeys(MANY, 0.5), "adamw": {MANY[3]: 1.0}}
-    ),
     "prediction_grid": lambda: plots.prediction_grid(
         np.zeros((7, 8, 8, 3), np.uint8),
         [0] * 7,
@@ -162,7 +126,6 @@ FIGURES = {
     "strength_sweep, many": lambda: plots.strength_sweep(
         {"panel": dict.fromkeys(MANY, SWEEP)}
     ),
-    "worst_cases": lambda: plots.worst_cases(dict.fromkeys(MANY, -0.25) | {"x": 0.5}),
 }
 
 
@@ -227,19 +190,6 @@ def test_steps_without_a_finite_number_are_left_out():
     np.testing.assert_array_equal(below.lines[0].get_ydata(), [100, np.nan])
     assert figure.get_suptitle() == "In conflict on average: 100% (m)"
     assert plots.conflict_over_steps([bad]).get_suptitle() == ""
-
-
-def test_nothing_is_said_of_rules_that_not_all_optimizers_have():
-    rates = {"sgd": {"sum": 0.5, "gate": 0.0}, "adamw": {"sum": 0.7}}
-    title = plots.harm_rates(rates).get_suptitle()
-    assert title == "Harmed on average: 60% (sum)"
-    assert plots.harm_rates({"a": {"b": 0.1}, "c": {"d": 0.2}}).get_suptitle() == ""
-
-
-def test_what_rounds_to_nothing_has_no_sign():
-    (axes,) = plots.worst_cases({"sum": -0.0004, "dtnh": 0.0004}).axes
-    assert [text.get_text() for text in axes.texts] == ["0.0", "0.0"]
-    assert len({bar.get_hatch() for bar in axes.patches}) == 1
 
 
 @pytest.mark.parametrize(

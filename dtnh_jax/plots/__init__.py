@@ -9,7 +9,6 @@ differ in their dashes too, and bars in their hatching.
 from dtnh_jax.plots._style import COLOURS
 from dtnh_jax.plots.conflict import conflict_map
 from dtnh_jax.plots.geometry import projection
-from dtnh_jax.plots.harm import harm_rates, worst_cases
 from dtnh_jax.plots.speed import benchmark_ratios
 from dtnh_jax.plots.strength import strength_sweep
 from dtnh_jax.plots.training import (
@@ -24,9 +23,7 @@ __all__ = [
     "benchmark_ratios",
     "conflict_map",
     "conflict_over_steps",
-    "harm_rates",
     "prediction_grid",
     "projection",
     "strength_sweep",
-    "worst_cases",
 ]

@@ -8,7 +8,7 @@ from jaxtyping import Int
 from dtnh_jax import TrustChoice, choose_trust
 from dtnh_jax._choose_trust import cut_in_folds
 
-MOST_TRAININGS = 10  # of one race, see `choose_trust`
+MOST_TRAININGS = 8  # of one race, see `choose_trust`
 _FOLDS = 4
 
 

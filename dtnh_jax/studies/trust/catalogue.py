@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from dtnh_jax._choose_trust import LEVELS
+
 
 class Source(NamedTuple):
     """How a network is pretrained, on images of which a tenth is held out.
@@ -78,7 +80,6 @@ BATCH_SIZE = 32
 FOLDS = 4
 
 STRENGTHS = (1.0, 10.0, 100.0, 1e3, 1e4)
-LEVELS = (0.1, 0.3, 1.0, 3.0)
 
 
 class Method(NamedTuple):
@@ -91,8 +92,8 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "sum": Method(STRENGTHS),
-    "trust": Method(LEVELS, all_folds=True),
+    "sum": Method(STRENGTHS, all_folds=True),
+    "trust": Method(LEVELS[1:], all_folds=True),
     "dtnh": Method(STRENGTHS[:3]),
     "bloop": Method(STRENGTHS[:3]),
     "pcgrad": Method(STRENGTHS[:3]),

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Float
 from scipy import ndimage
 
 from dtnh_jax.studies.trust.images import Images
@@ -93,7 +92,7 @@ def make_measure(
 def make_right(network: nn.Module) -> Callable[[Any, Any, Any], Any]:
     """Returns a compiled function: variables, inputs, labels -> which are right."""
 
-    def right(variables, inputs, labels) -> Float[Any, " n"]:
+    def right(variables, inputs, labels):
         return jnp.argmax(network.apply(variables, inputs, train=False), -1) == labels
 
     return jax.jit(right)

@@ -133,7 +133,9 @@ def _pretrained(name: str, network: nn.Module, data_dir: pathlib.Path) -> Any:
     return variables
 
 
-def batches(examples: int, steps: int, batch_size: int, seed: int) -> np.ndarray:
+def batches(
+    examples: int, steps: int, batch_size: int, seed: int | list[int]
+) -> np.ndarray:
     """Rows of every batch; shuffled anew each epoch, on over the end of an epoch."""
     rng = np.random.default_rng(seed)
     epochs = -(-steps * batch_size // examples)

@@ -1,0 +1,72 @@
+"""What each method comes to when its own number is chosen as its users would."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from dtnh_jax._choose_trust import race
+from dtnh_jax.studies.trust.measure import AXES
+
+Found = dict[str, Any]  # of a method: `values`, axes `[V][S]`, `right` `[V][S][folds]`
+# Trainings that a rival costs beside those of its values: on all examples at the end.
+_FREE = ("wise-ft", "early")  # one training has all values
+RACED = ("trust", "sum-raced")
+
+
+class Outcome(NamedTuple):
+    """What a method comes to, by seed."""
+
+    axes: dict[str, Float[np.ndarray, " S"]]
+    values: list[float]
+    trainings: Float[np.ndarray, " S"]
+
+
+def outcome_of(name: str, plain: Found, found: Found) -> Outcome:
+    """Chooses the number of a method for each seed.
+
+    Trust is raced over the folds. All others take what does best on the first fold,
+    plain fine-tuning among it, and of equal ones the first: a quarter of the training
+    examples is held out, as most users would. Then all of them train on all examples.
+
+    Args:
+      name: of the method.
+      plain: what plain fine-tuning comes to.
+      found: what the method does, by value.
+    """
+    seeds = len(plain["target"][0])
+    rows = [_chosen(name, plain, found, seed) for seed in range(seeds)]
+    axes = {}
+    for axis in AXES:
+        both = [plain[axis][0], *found[axis]]
+        axes[axis] = np.array([both[row][seed] for seed, (row, _) in enumerate(rows)])
+    values = [0.0, *found["values"]]
+    return Outcome(
+        axes, [values[row] for row, _ in rows], np.array([1.0 + n for _, n in rows])
+    )
+
+
+def _chosen(name: str, plain: Found, found: Found, seed: int) -> tuple[int, int]:
+    """The row of a value, from 1, or 0 for plain; and the trainings until then."""
+    right = [_bits(plain["right"][0][seed])]
+    right += [_bits(each[seed]) for each in found["right"]]
+    if name in RACED:
+        levels = [0.0, *found["values"]]
+
+        def score(level, fold):
+            return right[levels.index(level)][fold]
+
+        choice = race(score, levels, len(right[0]))
+        return levels.index(choice.trust), choice.trainings
+    scores = [each[0].sum() for each in right]
+    return int(np.argmax(scores)), 1 if name in _FREE else len(right)
+
+
+def _bits(folds: list[str]) -> list[Float[np.ndarray, " n"]]:
+    return [np.array(list(fold), float) for fold in folds]
+
+
+def best_in_hindsight(plain: Found, found: Found) -> float:
+    """The most that any single strength gains on the target's test images, or 0."""
+    gains = np.array(found["target"]) - np.array(plain["target"])
+    return max(float(gains.mean(axis=1).max()), 0.0)

@@ -1,0 +1,101 @@
+"""What `dtnh study` does."""
+
+import itertools
+import json
+import pathlib
+import time
+from collections.abc import Sequence
+
+import tyro
+
+from dtnh_jax.finetune import directories, shell
+from dtnh_jax.studies.trust.catalogue import LEARNING_RATES, PAIRS, REGULARIZERS
+from dtnh_jax.studies.trust.config import Config, check
+
+_FIRST_SEED = {"choosing": 0, "final": 100}
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs the command, or makes its report alone.
+
+    Args:
+      argv: the arguments after `dtnh study`.
+
+    Returns:
+      The exit status, as `dtnh_jax._cli.main` says.
+    """
+    config = tyro.cli(Config, prog="dtnh study", args=list(argv))
+    try:
+        check(config, list(LEARNING_RATES), list(REGULARIZERS))
+        pairs = [
+            name
+            for name, pair in PAIRS.items()
+            if pair.is_final == (config.part == "final") and config.only in name
+        ]
+        if not pairs:
+            raise ValueError(
+                "`--only` must be part of the name of a pair, such as "
+                f"{next(iter(PAIRS))!r}, got {config.only!r}."
+            )
+    except ValueError as error:
+        return shell.refuse(str(error))
+    folder = config.run_dir.expanduser()
+    try:
+        (folder / "cells").mkdir(parents=True, exist_ok=True)
+        if not config.report_only:
+            _train(config, folder / "cells", pairs)
+        return _report(folder)
+    except ValueError as error:
+        return shell.refuse(str(error))
+    except OSError as error:
+        return shell.failed(error, folder)
+    except KeyboardInterrupt as error:
+        return shell.interrupted(error, folder)
+
+
+def _train(config: Config, folder: pathlib.Path, pairs: list[str]) -> None:
+    """Trains the cells that are not done."""
+    # Here, because these import Flax, for which `--help` should not wait.
+    from dtnh_jax.finetune.runs.folder import write_json
+    from dtnh_jax.studies.trust import cells
+
+    data_dir = (config.data_dir or directories.default_data_dir()).expanduser()
+    first = _FIRST_SEED[config.part]
+    seeds = tuple(range(first, first + config.seeds))
+    todo = [
+        cells.Cell(*each)
+        for each in itertools.product(
+            pairs, config.optimizers, [None, *config.regularizers]
+        )
+    ]
+    for number, cell in enumerate(todo, start=1):
+        path = folder / cell.file
+        if path.exists():
+            _check_seeds(path, seeds)
+        else:
+            start = time.monotonic()
+            write_json(path, cells.run(cell, seeds, data_dir))
+            seconds = f"{time.monotonic() - start:.0f} s"
+            print(f"[{number}/{len(todo)}] {path.stem}, {seconds}", flush=True)
+
+
+def _check_seeds(path: pathlib.Path, seeds: tuple[int, ...]) -> None:
+    theirs = json.loads(path.read_text())["seeds"]
+    if theirs != list(seeds):
+        raise ValueError(
+            f"{path} has {len(theirs)} seeds, got `--seeds {len(seeds)}`: give another "
+            "`--run-dir`."
+        )
+
+
+def _report(folder: pathlib.Path) -> int:
+    from dtnh_jax.finetune.runs.folder import write_json
+    from dtnh_jax.studies.trust import cells, report, summary
+
+    found = summary.summarize(cells.read(folder / "cells"))
+    if not found["cells"]:
+        raise ValueError(f"{folder} must hold cells with a regularizer, got none.")
+    write_json(folder / "results.json", found)
+    report.write(found, folder)
+    print(report.tables(found))
+    return 0

@@ -1,0 +1,50 @@
+"""The options of `dtnh study`."""
+
+import dataclasses
+import pathlib
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Measures what trust keeps of a regularizer's help and harm, beside its rivals.
+
+    Trains every method with every value of its number, on folds of the training set and
+    on all of it; a file for each pair, optimizer and regularizer. The same command goes
+    on after an interruption, and commands with other pairs may run at the same time.
+    """
+
+    part: Literal["choosing", "final"] = "choosing"
+    """Pairs that the recipe was chosen by, or those that were run once at the end."""
+    only: str = ""
+    """Only pairs with this in their name, such as "dense" or "fashion > digits"."""
+    optimizers: tuple[str, ...] = ("sgd", "adamw")
+    """sgd (momentum 0.9) or adamw."""
+    regularizers: tuple[str, ...] = ("l2_sp", "feature_map")
+    """What pulls back to the source."""
+    seeds: int = 10
+    """Repetitions, with other training images, head, order and folds each."""
+    report_only: bool = False
+    """Make the tables and pictures of the cells that are done, and train nothing."""
+    run_dir: pathlib.Path = pathlib.Path("runs", "study")
+    """Folder for results."""
+    data_dir: pathlib.Path | None = None
+    """Folder for sources and data. By default DTNH_DATA_DIR, or the user's cache."""
+
+
+def check(config: Config, optimizers: object, regularizers: object) -> None:
+    """Raises ValueError for what can not be meant.
+
+    Args:
+      config: the options.
+      optimizers: that there are.
+      regularizers: that there are.
+    """
+    if config.seeds < 2:
+        raise ValueError(f"`--seeds` must be at least 2, got {config.seeds}.")
+    for option, known in (("optimizers", optimizers), ("regularizers", regularizers)):
+        for name in getattr(config, option):
+            if name not in known:  # type: ignore[operator]
+                raise ValueError(
+                    f"`--{option}` must be of {', '.join(known)}, got {name}."  # type: ignore[arg-type]
+                )

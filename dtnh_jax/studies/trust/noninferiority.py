@@ -1,0 +1,35 @@
+"""No harm, shown: one-sided tests with a margin that was fixed beforehand."""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from scipy import stats
+
+PAIR_MARGIN, ALL_MARGIN = 1.0, 0.3  # percentage points
+CONFIDENCE = 0.95
+
+
+class Bound(NamedTuple):
+    """A mean difference, and how low it may be."""
+
+    mean: float
+    low: float  # one-sided, of a t-test over seeds
+    margin: float
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether more than the margin can be ruled out."""
+        return bool(self.low > -self.margin)
+
+
+def bound(differences: Float[np.ndarray, " seeds"], margin: float) -> Bound:
+    """Returns the mean of paired differences and its lower confidence bound.
+
+    Args:
+      differences: of accuracies to those of plain fine-tuning, one for each seed.
+      margin: the most that would not matter.
+    """
+    mean, count = float(np.mean(differences)), len(differences)
+    error = float(np.std(differences, ddof=1)) / np.sqrt(count)
+    return Bound(mean, mean - float(stats.t.ppf(CONFIDENCE, count - 1)) * error, margin)

@@ -1,0 +1,198 @@
+"""From `summary` to tables and pictures."""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes as Plot
+from matplotlib.figure import Figure
+
+from dtnh_jax.studies.trust.noninferiority import ALL_MARGIN, PAIR_MARGIN
+from dtnh_jax.studies.trust.summary import HELP
+
+# Methods as tables and pictures call them, in their order.
+TITLES = {
+    "trust": "never_hurt",
+    "sum": "sum, strength tuned",
+    "sum-raced": "sum, strength raced over folds",
+    "dtnh": "DTNH, strength tuned",
+    "bloop": "Bloop, strength tuned",
+    "pcgrad": "PCGrad, strength tuned",
+    "metabalance": "MetaBalance, factor tuned",
+    "pcd": "PCD, fraction tuned",
+    "cautious": "cautious decay, strength tuned",
+    "spd": "AdamSPD, strength tuned",
+    "ftp": "FTP, factor tuned",
+    "wise-ft": "WiSE-FT, point tuned",
+    "early": "early stopping",
+}
+_OURS, _SUM, _OTHERS = "#c2410c", "#1d4ed8", "#64748b"
+
+
+def tables(found: dict[str, Any]) -> str:
+    """Returns the tables in Markdown."""
+    methods = {
+        name: found["methods"][name] for name in TITLES if name in found["methods"]
+    }
+    main = [
+        [
+            "method",
+            "help kept",
+            "elsewhere",
+            "lowest cell",
+            "under shift",
+            "source task",
+            "KL to source",
+            "trainings",
+        ]
+    ]
+    for name, row in methods.items():
+        main.append(
+            [
+                TITLES[name],
+                "" if row["help_kept"] is None else f"{row['help_kept']:.0%}",
+                "" if row["elsewhere"] is None else f"{row['elsewhere']:+.1f}",
+                f"{row['lowest']:+.1f}",
+                f"{row['shift']:+.1f}",
+                f"{row['kept']:+.1f}",
+                f"{row['kl']:+.2f}",
+                f"{row['trainings']:.1f}",
+            ]
+        )
+    harm = [["method", "all pairs", *_pairs(found)]]
+    for name, row in methods.items():
+        cells = [_bound(row["all_pairs"])]
+        cells += [_bound(row["pairs"][pair]) for pair in _pairs(found)]
+        harm.append([TITLES[name], *cells])
+    parts = [
+        _markdown(main),
+        "Differences from plain fine-tuning in percentage points (KL: nats an image), "
+        f"means over cells. Help kept: of what the best strength in hindsight gains, "
+        f"summed over the cells where that is at least {HELP:g} points; elsewhere: the "
+        "mean over the other cells.",
+        "## Is it harmless?",
+        _markdown(harm),
+        "Mean difference in target accuracy, and in brackets the lower end of its "
+        "one-sided 95% interval over seeds; in bold where that rules out a loss of "
+        f"more than the margin: {ALL_MARGIN:g} points over all pairs, {PAIR_MARGIN:g} "
+        "points for a pair.",
+        "## Every cell",
+        _markdown(_cells(found, list(methods))),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _pairs(found: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(cell["pair"] for cell in found["cells"]))
+
+
+def _bound(tested: dict[str, Any]) -> str:
+    text = f"{tested['mean']:+.1f} [{tested['low']:+.1f}]"
+    return f"**{text}**" if tested["is_shown"] else text
+
+
+def _cells(found: dict[str, Any], methods: list[str]) -> list[list[str]]:
+    header = ["pair", "optimizer", "regularizer", "plain", "best strength"]
+    rows = [header + [TITLES[name] for name in methods]]
+    for cell in found["cells"]:
+        row = [cell[key] for key in ("pair", "optimizer", "regularizer")]
+        row += [f"{cell['plain']['target']:.1f}", f"{cell['best']:+.1f}"]
+        for name in methods:
+            each = cell["methods"].get(name)
+            row.append(f"{np.mean(each['target']):+.1f}" if each else "")
+        rows.append(row)
+    return rows
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def help_and_harm(found: dict[str, Any]) -> Figure:
+    """Help kept, against what is lost where there is none: a point for each method."""
+    figure = Figure((7.5, 5), layout="constrained")
+    plot = figure.subplots()
+    for name, row in found["methods"].items():
+        if name not in TITLES or row["help_kept"] is None or row["elsewhere"] is None:
+            continue
+        x, y = row["elsewhere"], 100 * row["help_kept"]
+        _point(plot, name, x, y)
+    plot.axhline(100, color="0.85", zorder=0)
+    plot.axvline(0, color="0.85", zorder=0)
+    plot.set_xlabel("Change where no strength helps (points of target accuracy)")
+    plot.set_ylabel("Help kept (% of the best strength in hindsight)")
+    plot.set_title("Up: more of the help. Right: less harm.", loc="left")
+    plot.margins(0.18, 0.1)
+    return figure
+
+
+def _point(plot: Plot, name: str, x: float, y: float) -> None:
+    color = _OURS if name == "trust" else _OTHERS
+    plot.scatter([x], [y], s=70 if name == "trust" else 35, color=color, zorder=3)
+    plot.annotate(
+        TITLES[name].partition(",")[0] if name != "sum-raced" else "sum, raced",
+        (x, y),
+        textcoords="offset points",
+        xytext=(6, 5),
+        fontsize=9,
+        color=color,
+        weight="bold" if name == "trust" else "normal",
+    )
+
+
+def sweep(found: dict[str, Any], helpful: int, harmful: int) -> Figure:
+    """The sum at every strength and `never_hurt`, for two cells side by side."""
+    figure = Figure((9, 3.8), layout="constrained")
+    for plot, number in zip(figure.subplots(1, 2), (helpful, harmful)):
+        cell = found["cells"][number]
+        sums = cell["by_value"]["sum"]
+        plot.axhline(0, color="0.75", zorder=0)
+        plot.plot(
+            sums["values"], sums["target"], "o-", color=_SUM, label="sum at a strength"
+        )
+        ours = np.mean(cell["methods"]["trust"]["target"])
+        plot.axhline(ours, color=_OURS, lw=2.5, label=f"never_hurt: {ours:+.1f}")
+        plot.set_xscale("log")
+        plot.set_xlabel("Strength (multiples of the usual one)")
+        plot.set_title(
+            f"{cell['pair']}\n{cell['optimizer']}, {cell['regularizer']}",
+            loc="left",
+            fontsize=9,
+        )
+        plot.legend(frameon=False, loc="lower left")
+    figure.axes[0].set_ylabel("Target accuracy minus\nplain fine-tuning (points)")
+    return figure
+
+
+def pareto(found: dict[str, Any]) -> Figure:
+    """The target's accuracy against accuracy under shift and on the source's task."""
+    figure = Figure((10, 4.4), layout="constrained")
+    names = {
+        "shift": "Accuracy under shift (points, from plain fine-tuning)",
+        "kept": "Accuracy on the source's task (points, from plain fine-tuning)",
+    }
+    for plot, (axis, label) in zip(figure.subplots(1, 2), names.items()):
+        for name, row in found["methods"].items():
+            if name in TITLES:
+                _point(plot, name, row["target"], row[axis])
+        plot.scatter([0], [0], marker="x", color="0.3")
+        plot.annotate("plain", (0, 0), textcoords="offset points", xytext=(6, -12))
+        plot.set_xlabel("Target accuracy (points, from plain fine-tuning)")
+        plot.set_ylabel(label)
+        plot.margins(0.22, 0.12)
+    return figure
+
+
+def write(found: dict[str, Any], folder: pathlib.Path) -> None:
+    """Writes `tables.md` and the pictures."""
+    (folder / "tables.md").write_text(tables(found))
+    gains = [cell["best"] for cell in found["cells"]]
+    losses = [min(cell["by_value"]["sum"]["target"][:3]) for cell in found["cells"]]
+    figures = {
+        "help_and_harm.png": help_and_harm(found),
+        "sweep.png": sweep(found, int(np.argmax(gains)), int(np.argmin(losses))),
+        "pareto.png": pareto(found),
+    }
+    for name, figure in figures.items():
+        figure.savefig(folder / name, dpi=110)
