@@ -24,7 +24,7 @@ def scores_of(right, seen=None):
 
 def test_every_example_is_held_out_once_and_never_trained_on_then():
     seen = []
-    table = {0.0: np.arange(10.0), 1.0: np.arange(10.0)[::-1]}
+    table = {0.0: np.arange(10) % 2.0, 1.0: np.arange(1, 11) % 2.0}
     choose_trust(scores_of(table, seen), 10, levels=[1.0], folds=3)
     held_out = [rows for trust, _, rows in seen if trust == 0]
     assert len(seen) == 6

@@ -74,7 +74,7 @@ def test_an_interrupted_run_goes_on_to_bitwise_the_same_results(data_dir, tmp_pa
     assert "CC BY-NC-SA 4.0" in out
 
     process = start(data_dir, stopped)
-    wait_for_lines(process, stopped / "metrics.jsonl", 3 * 12 + 8)
+    wait_for_lines(process, stopped / "metrics.jsonl", 2 * 12 + 8)
     process.kill()
     process.communicate(timeout=100)
     assert process.returncode == -signal.SIGKILL

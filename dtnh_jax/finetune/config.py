@@ -11,6 +11,7 @@ from typing import Any, Literal
 from dtnh_jax.finetune.methods import (
     ADDED,
     DEFAULT_METHODS,
+    DEFAULT_STRENGTH,
     METHODS,
     REGULARIZERS,
     RULES,
@@ -65,7 +66,8 @@ class Config:
     """What to compare: REGULARIZER adds the gradients, REGULARIZER+dtnh resolves them,
     REGULARIZER+never_hurt chooses how far to trust it by cross-validation; or `all`."""
     strength: Strengths = dataclasses.field(default_factory=dict)
-    """Strengths to use instead of the default ones, such as l2_sp=0.1."""
+    """Strengths to use instead of the default ones, such as l2_sp=0.1. Without
+    --methods, --strength and --tune, l2_sp has a hundred times its usual strength."""
     tune: bool = False
     """Choose every strength that is not given by validation accuracy first."""
     scope: Literal["global", "leaf", "unit", "element"] = "global"
@@ -129,6 +131,9 @@ class Config:
     def __post_init__(self):
         if tuple(self.methods) == ("all",):
             object.__setattr__(self, "methods", tuple(METHODS))
+        is_open = not self.strength and not self.tune
+        if is_open and tuple(self.methods) == DEFAULT_METHODS:
+            object.__setattr__(self, "strength", dict(DEFAULT_STRENGTH))
         for name, number in _OF_TARGET.get(self.target, {}).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, number)

@@ -96,11 +96,6 @@ METHODS = {
     )
 }
 # What is compared unless `--methods` says otherwise; `all` there means `METHODS`.
-DEFAULT_METHODS = (
-    "scratch",
-    "fine-tuning",
-    "l2_sp",
-    "l2_sp+dtnh",
-    "feature_map",
-    "feature_map+dtnh",
-)
+DEFAULT_METHODS = ("fine-tuning", "l2_sp", "l2_sp+dtnh", "l2_sp+never_hurt")
+# A hundred times the usual strength: what becomes of a wrong one is the point.
+DEFAULT_STRENGTH = {"l2_sp": 10.0}

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from dtnh_jax._choose_trust import race
+from dtnh_jax._choose_trust import LEVELS, race
 from dtnh_jax.studies.trust.measure import AXES
 
 Found = dict[str, Any]  # of a method: `values`, axes `[V][S]`, `right` `[V][S][folds]`
@@ -51,13 +51,15 @@ def _chosen(name: str, plain: Found, found: Found, seed: int) -> tuple[int, int]
     right = [_bits(plain["right"][0][seed])]
     right += [_bits(each[seed]) for each in found["right"]]
     if name in RACED:
-        levels = [0.0, *found["values"]]
+        values = [0.0, *found["values"]]
 
-        def score(level, fold):
-            return right[levels.index(level)][fold]
+        def score(value, fold):
+            return right[values.index(value)][fold]
 
-        choice = race(score, levels, len(right[0]))
-        return levels.index(choice.trust), choice.trainings
+        # More levels of trust were looked at than are raced.
+        raced = [x for x in values if name != "trust" or x in LEVELS]
+        choice = race(score, raced, len(right[0]))
+        return values.index(choice.trust), choice.trainings
     scores = [each[0].sum() for each in right]
     return int(np.argmax(scores)), 1 if name in _FREE else len(right)
 
