@@ -11,7 +11,8 @@ from dtnh_jax.studies.trust.measure import AXES
 Found = dict[str, Any]  # of a method: `values`, axes `[V][S]`, `right` `[V][S][folds]`
 # Trainings that a rival costs beside those of its values: on all examples at the end.
 _FREE = ("wise-ft", "early")  # one training has all values
-RACED = ("trust", "sum-raced")
+# Levels that race, by method: None for all of its values.
+RACED = {"trust": LEVELS, "trust-one-level": (0.0, 1.0), "sum-raced": None}
 
 
 class Outcome(NamedTuple):
@@ -56,8 +57,8 @@ def _chosen(name: str, plain: Found, found: Found, seed: int) -> tuple[int, int]
         def score(value, fold):
             return right[values.index(value)][fold]
 
-        # More levels of trust were looked at than are raced.
-        raced = [x for x in values if name != "trust" or x in LEVELS]
+        levels = RACED[name]
+        raced = [x for x in values if levels is None or x in levels]
         choice = race(score, raced, len(right[0]))
         return values.index(choice.trust), choice.trainings
     scores = [each[0].sum() for each in right]

@@ -14,7 +14,6 @@ from dtnh_jax.studies.trust.summary import HELP
 TITLES = {
     "trust": "never_hurt",
     "sum": "sum, strength tuned",
-    "sum-raced": "sum, strength raced over folds",
     "dtnh": "DTNH, strength tuned",
     "bloop": "Bloop, strength tuned",
     "pcgrad": "PCGrad, strength tuned",
@@ -26,6 +25,14 @@ TITLES = {
     "wise-ft": "WiSE-FT, point tuned",
     "early": "early stopping",
 }
+# What `never_hurt` is without one of its parts.
+INGREDIENTS = {
+    "trust": "never_hurt",
+    "trust-one-level": "with one level, 1, or nothing",
+    "trust-one-fold": "chosen on one fold, without a race",
+    "sum-raced": "without its bound: the sum, strengths raced over folds",
+    "sum": "without either: the sum, strength chosen on one fold",
+}
 _OURS, _SUM, _OTHERS = "#c2410c", "#1d4ed8", "#64748b"
 
 
@@ -34,7 +41,35 @@ def tables(found: dict[str, Any]) -> str:
     methods = {
         name: found["methods"][name] for name in TITLES if name in found["methods"]
     }
-    main = [
+    parts = {k: v for k, v in found["methods"].items() if k in INGREDIENTS}
+    harm = [["method", "all pairs", *_pairs(found)]]
+    for name, row in methods.items():
+        cells = [_bound(row["all_pairs"])]
+        cells += [_bound(row["pairs"][pair]) for pair in _pairs(found)]
+        harm.append([TITLES[name], *cells])
+    parts = [
+        _markdown(_main(methods, TITLES)),
+        "Differences from plain fine-tuning in percentage points (KL: nats an image), "
+        f"means over cells. Help kept: of what the best strength in hindsight gains, "
+        f"summed over the cells where that is at least {HELP:g} points; elsewhere: the "
+        "mean over the other cells.",
+        "## What its parts do",
+        _markdown(_main(parts, INGREDIENTS)),
+        "## Is it harmless?",
+        _markdown(harm),
+        "Mean difference in target accuracy, and in brackets the lower end of its "
+        "one-sided 95% interval over seeds; in bold where that rules out a loss of "
+        f"more than the margin: {ALL_MARGIN:g} points over all pairs, {PAIR_MARGIN:g} "
+        "points for a pair.",
+        "## Every cell",
+        _markdown(_cells(found, list(methods))),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _main(methods: dict[str, Any], titles: dict[str, str]) -> list[list[str]]:
+    """A row for each method, in the order of their titles."""
+    rows = [
         [
             "method",
             "help kept",
@@ -46,10 +81,13 @@ def tables(found: dict[str, Any]) -> str:
             "trainings",
         ]
     ]
-    for name, row in methods.items():
-        main.append(
+    for name in titles:
+        if name not in methods:
+            continue
+        row = methods[name]
+        rows.append(
             [
-                TITLES[name],
+                titles[name],
                 "" if row["help_kept"] is None else f"{row['help_kept']:.0%}",
                 "" if row["elsewhere"] is None else f"{row['elsewhere']:+.1f}",
                 f"{row['lowest']:+.1f}",
@@ -59,27 +97,7 @@ def tables(found: dict[str, Any]) -> str:
                 f"{row['trainings']:.1f}",
             ]
         )
-    harm = [["method", "all pairs", *_pairs(found)]]
-    for name, row in methods.items():
-        cells = [_bound(row["all_pairs"])]
-        cells += [_bound(row["pairs"][pair]) for pair in _pairs(found)]
-        harm.append([TITLES[name], *cells])
-    parts = [
-        _markdown(main),
-        "Differences from plain fine-tuning in percentage points (KL: nats an image), "
-        f"means over cells. Help kept: of what the best strength in hindsight gains, "
-        f"summed over the cells where that is at least {HELP:g} points; elsewhere: the "
-        "mean over the other cells.",
-        "## Is it harmless?",
-        _markdown(harm),
-        "Mean difference in target accuracy, and in brackets the lower end of its "
-        "one-sided 95% interval over seeds; in bold where that rules out a loss of "
-        f"more than the margin: {ALL_MARGIN:g} points over all pairs, {PAIR_MARGIN:g} "
-        "points for a pair.",
-        "## Every cell",
-        _markdown(_cells(found, list(methods))),
-    ]
-    return "\n\n".join(parts) + "\n"
+    return rows
 
 
 def _pairs(found: dict[str, Any]) -> list[str]:
@@ -123,7 +141,7 @@ def help_and_harm(found: dict[str, Any]) -> Figure:
     plot.set_xlabel("Change where no strength helps (points of target accuracy)")
     plot.set_ylabel("Help kept (% of the best strength in hindsight)")
     plot.set_title("Up: more of the help. Right: less harm.", loc="left")
-    plot.margins(0.18, 0.1)
+    plot.margins(0.25, 0.1)
     return figure
 
 
@@ -131,7 +149,7 @@ def _point(plot: Plot, name: str, x: float, y: float) -> None:
     color = _OURS if name == "trust" else _OTHERS
     plot.scatter([x], [y], s=70 if name == "trust" else 35, color=color, zorder=3)
     plot.annotate(
-        TITLES[name].partition(",")[0] if name != "sum-raced" else "sum, raced",
+        TITLES[name].partition(",")[0],
         (x, y),
         textcoords="offset points",
         xytext=(6, 5),
@@ -167,20 +185,30 @@ def sweep(found: dict[str, Any], helpful: int, harmful: int) -> Figure:
 
 def pareto(found: dict[str, Any]) -> Figure:
     """The target's accuracy against accuracy under shift and on the source's task."""
-    figure = Figure((10, 4.4), layout="constrained")
+    figure = Figure((10.5, 4.4), layout="constrained")
     names = {
-        "shift": "Accuracy under shift (points, from plain fine-tuning)",
-        "kept": "Accuracy on the source's task (points, from plain fine-tuning)",
+        "shift": "Test images under shift (points)",
+        "kept": "The source's task, its own head (points)",
     }
+    shown = [name for name in TITLES if name in found["methods"]]
     for plot, (axis, label) in zip(figure.subplots(1, 2), names.items()):
-        for name, row in found["methods"].items():
-            if name in TITLES:
-                _point(plot, name, row["target"], row[axis])
-        plot.scatter([0], [0], marker="x", color="0.3")
-        plot.annotate("plain", (0, 0), textcoords="offset points", xytext=(6, -12))
-        plot.set_xlabel("Target accuracy (points, from plain fine-tuning)")
-        plot.set_ylabel(label)
-        plot.margins(0.22, 0.12)
+        plot.scatter([0], [0], marker="x", color="0.3", label="plain fine-tuning")
+        for number, name in enumerate(shown):
+            row = found["methods"][name]
+            style = {"color": f"C{number % 10}", "s": 38, "zorder": 3}
+            if name == "trust":
+                style = {"color": _OURS, "s": 90, "zorder": 4}
+            marker = "osD^v<>PX*hp"[number % 12]
+            plot.scatter(
+                [row["target"]], [row[axis]], marker=marker, label=TITLES[name], **style
+            )
+        plot.set_xlabel("Target accuracy (points)")
+        plot.set_title(label, loc="left", fontsize=10)
+        plot.grid(alpha=0.25)
+        plot.margins(0.08)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
+    figure.suptitle("Difference from plain fine-tuning, mean over cells", fontsize=10)
     return figure
 
 

@@ -37,6 +37,7 @@ def summarize(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         methods = {k: v for k, v in others.items() if k != "plain"} | each["methods"]
         if len(methods["sum"]["right"][0][0]) > 1:  # trained on all folds
             methods["sum-raced"] = methods["sum"]
+        methods["trust-one-level"] = methods["trust-one-fold"] = methods["trust"]
         plain = others["plain"]
         start = {axis: np.array(plain[axis][0]) for axis in AXES}
         found = {}
