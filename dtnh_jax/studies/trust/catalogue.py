@@ -89,11 +89,15 @@ class Method(NamedTuple):
     # Whether it is what it is without the regularizer of a cell.
     is_alone: bool = False
     all_folds: bool = False  # whether all folds are trained, or the first alone
+    # Whether it trains without the first fold once and for all, and takes a gradient
+    # on that at every step.
+    has_held_out: bool = False
 
 
 METHODS = {
     "sum": Method(STRENGTHS, all_folds=True),
     "trust": Method(LEVELS[1:], all_folds=True),
+    "one-pass": Method((1.0,), has_held_out=True),
     "dtnh": Method(STRENGTHS[:3]),
     "bloop": Method(STRENGTHS[:3]),
     "pcgrad": Method(STRENGTHS[:3]),

@@ -92,8 +92,19 @@ def setting(name: str, seeds: tuple[int, ...], data_dir: pathlib.Path) -> Settin
     )
 
 
-def run(cell: Cell, seeds: tuple[int, ...], data_dir: pathlib.Path) -> dict[str, Any]:
+def run(
+    cell: Cell,
+    seeds: tuple[int, ...],
+    data_dir: pathlib.Path,
+    known: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Trains all networks of a cell.
+
+    Args:
+      cell: what is trained.
+      seeds: of training sets, heads, orders and folds.
+      data_dir: where sources are kept.
+      known: an earlier result, whose methods are not trained again.
 
     Returns:
       By method: `values`; each axis `[V][S]`; `right`, of held-out examples
@@ -101,8 +112,9 @@ def run(cell: Cell, seeds: tuple[int, ...], data_dir: pathlib.Path) -> dict[str,
       as a string of 0 and 1.
     """
     place, start = setting(cell.pair, seeds, data_dir), time.monotonic()
-    found: dict[str, Any] = {}
-    if cell.regularizer is None:
+    known = known or {"methods": {}, "seconds": 0.0}
+    found: dict[str, Any] = dict(known["methods"])
+    if cell.regularizer is None and not found:
         found["plain"], states = _run_method(cell, place, "plain", [0.0])
         early = METHODS["early"].values
         found["early"] = _joined(early, [_judge(place, s, [0.0]) for s in states[:-1]])
@@ -117,7 +129,7 @@ def run(cell: Cell, seeds: tuple[int, ...], data_dir: pathlib.Path) -> dict[str,
         **cell._asdict(),
         "seeds": list(seeds),
         "examples": len(place.data.labels[0]),
-        "seconds": round(time.monotonic() - start, 1),
+        "seconds": round(known["seconds"] + time.monotonic() - start, 1),
         "methods": found,
     }
 
@@ -136,7 +148,14 @@ def _run_method(cell, place, name, values):
     )
     has_all = name == "plain" or METHODS[name].all_folds
     kept = [*range(FOLDS if has_all else 1), FOLDS]
-    data = place.data._replace(order=place.data.order[:, kept])
+    order = place.data.order[:, kept]
+    if name in METHODS and METHODS[name].has_held_out:
+        held_out = [
+            folds[0][tasks.batches(len(folds[0]), *order.shape[2:], [seed])]
+            for seed, folds in enumerate(place.folds)
+        ]
+        order = np.concatenate([order[:, :1], np.stack(held_out)[:, None]], axis=-1)
+    data = place.data._replace(order=order)
     parts = 10 if name == "plain" else 1
     states = train(
         trainer,
@@ -193,6 +212,16 @@ def _towards(variables: Any, source: Any, way: float) -> Any:
     found = jax.tree.map(mixed, variables, source)
     found["params"]["head"] = variables["params"]["head"]
     return found
+
+
+def missing(cell: Cell, found: dict[str, Any]) -> list[str]:
+    """Returns the methods of a cell that a result does not have."""
+    return [
+        name
+        for name, method in METHODS.items()
+        if method.is_alone == (cell.regularizer is None)
+        and name not in found["methods"]
+    ]
 
 
 def read(folder: pathlib.Path) -> list[dict[str, Any]]:

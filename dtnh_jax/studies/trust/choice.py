@@ -49,6 +49,8 @@ def outcome_of(name: str, plain: Found, found: Found) -> Outcome:
 
 def _chosen(name: str, plain: Found, found: Found, seed: int) -> tuple[int, int]:
     """The row of a value, from 1, or 0 for plain; and the trainings until then."""
+    if not found["right"][0][0]:  # nothing to choose, and a second gradient a step
+        return 1, 1
     right = [_bits(plain["right"][0][seed])]
     right += [_bits(each[seed]) for each in found["right"]]
     if name in RACED:

@@ -5,6 +5,7 @@ import json
 import pathlib
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import tyro
 
@@ -69,23 +70,25 @@ def _train(config: Config, folder: pathlib.Path, pairs: list[str]) -> None:
         )
     ]
     for number, cell in enumerate(todo, start=1):
-        path = folder / cell.file
-        if path.exists():
-            _check_seeds(path, seeds)
-        else:
-            start = time.monotonic()
-            write_json(path, cells.run(cell, seeds, data_dir))
+        path, start = folder / cell.file, time.monotonic()
+        known = _read(path, seeds)
+        if known is None or cells.missing(cell, known):
+            write_json(path, cells.run(cell, seeds, data_dir, known))
             seconds = f"{time.monotonic() - start:.0f} s"
             print(f"[{number}/{len(todo)}] {path.stem}, {seconds}", flush=True)
 
 
-def _check_seeds(path: pathlib.Path, seeds: tuple[int, ...]) -> None:
-    theirs = json.loads(path.read_text())["seeds"]
-    if theirs != list(seeds):
+def _read(path: pathlib.Path, seeds: tuple[int, ...]) -> dict[str, Any] | None:
+    """An earlier result, if there is one."""
+    if not path.exists():
+        return None
+    known = json.loads(path.read_text())
+    if known["seeds"] != list(seeds):
         raise ValueError(
-            f"{path} has {len(theirs)} seeds, got `--seeds {len(seeds)}`: give another "
-            "`--run-dir`."
+            f"{path} has {len(known['seeds'])} seeds, got `--seeds {len(seeds)}`: give "
+            "another `--run-dir`."
         )
+    return known
 
 
 def _report(folder: pathlib.Path) -> int:

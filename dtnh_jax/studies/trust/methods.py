@@ -54,6 +54,12 @@ def trust(optimizer, value, source, rate):
     return optax.chain(never_hurt(UNBOUNDED, trust=value), optimizer)
 
 
+def one_pass(optimizer, value, source, rate):
+    """`never_hurt` with a trust that is learned on the way."""
+    del value, source, rate
+    return optax.chain(never_hurt(UNBOUNDED), optimizer)
+
+
 def metabalance(optimizer, value, source, rate, strength=100.0, decay=0.9):
     """Brings the regularizer's gradient down to the loss gradient's size, by leaf.
 
@@ -218,6 +224,7 @@ BUILDERS: dict[str, Builder] = {
     "plain": alone,
     "sum": in_front(rules.weighted_sum),
     "trust": trust,
+    "one-pass": one_pass,
     "dtnh": in_front(rules.dtnh),
     # The decay is the default of the authors' code.
     "bloop": in_front(rules.orthogonal, ema_decay=0.9),

@@ -13,6 +13,7 @@ from dtnh_jax.studies.trust.summary import HELP
 # Methods as tables and pictures call them, in their order.
 TITLES = {
     "trust": "never_hurt",
+    "one-pass": "never_hurt in one pass",
     "sum": "sum, strength tuned",
     "dtnh": "DTNH, strength tuned",
     "bloop": "Bloop, strength tuned",

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 import dtnh_jax
 from dtnh_jax import regularizers
 from dtnh_jax.linen import capture_features
-from dtnh_jax.studies.trust.catalogue import REGULARIZERS
+from dtnh_jax.studies.trust.catalogue import METHODS, REGULARIZERS, Method
 from dtnh_jax.studies.trust.methods import BUILDERS, OPTIMIZERS
 
 Variables = dict[str, Any]  # {"params": tree, "batch_stats": tree}
@@ -93,7 +93,19 @@ def make_trainer(
         others = {k: v for k, v in variables.items() if k != "params"}
         return State(params, others, transformation(value, source, 1.0).init(params))
 
+    def held_out_gradient(state, images, labels):
+        def error(params):
+            logits = forward(params, state.batch_stats, images)[0]
+            return regularizers.expected_error(logits, labels)
+
+        return jax.grad(error)(state.params)
+
     def step(state, value, source, number, rows, images, labels, teacher):
+        extra = {}
+        if METHODS.get(method, Method(())).has_held_out:  # the second half of `rows`
+            rows, held_out = jnp.split(rows, 2)
+            h = held_out_gradient(state, images[held_out], labels[held_out])
+            extra["held_out_grads"] = h
         images, labels = images[rows], labels[rows]
         teacher = {name: maps[rows] for name, maps in teacher.items()}
 
@@ -118,7 +130,7 @@ def make_trainer(
             pair = dtnh_jax.GradientPair(g, r)
         rate = jnp.maximum(schedule(number), 1e-12)
         updates, opt_state = transformation(value, source, rate).update(
-            pair, state.opt_state, state.params
+            pair, state.opt_state, state.params, **extra
         )
         params = jax.tree.map(lambda p, u: p + rate * u, state.params, updates)
         return State(params, new, opt_state)
