@@ -29,13 +29,13 @@ def run(argv: Sequence[str]) -> int:
 
     try:
         check(config)
+        folder = directories.expanded(config.run_dir)
     except ValueError as error:
         return shell.refuse(str(error))
 
     console = Console()
     if not console.is_terminal:
         console.width = 120  # of a log, where nothing has to fit
-    folder = config.run_dir.expanduser()
     path = folder / "cells.jsonl"
     try:
         prepared = None if config.report_only else _prepare(config, path, console)
@@ -59,7 +59,7 @@ def _prepare(config: Any, path: pathlib.Path, console: Any) -> Any:
     """Reads the data, opens the folder, and pretrains the sources that are missing."""
     from dtnh_jax.studies.matrix import records, study
 
-    data_dir = (config.data_dir or directories.default_data_dir()).expanduser()
+    data_dir = directories.data_dir(config.data_dir)
     directories.keep_compiled(config)
     prepared = study.prepare(config, data_dir)
     records.open_folder(config)

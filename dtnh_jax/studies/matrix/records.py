@@ -11,7 +11,9 @@ import os
 import pathlib
 from typing import Any
 
-from dtnh_jax.finetune.runs.folder import OtherConfigurationError, write_json
+from dtnh_jax.finetune import files
+from dtnh_jax.finetune.directories import expanded
+from dtnh_jax.finetune.runs.folder import OtherConfigurationError
 from dtnh_jax.studies.matrix.cells import Cell, Record, Records
 from dtnh_jax.studies.matrix.config import Config
 from dtnh_jax.studies.matrix.identity import identity
@@ -27,7 +29,7 @@ def open_folder(config: Config) -> pathlib.Path:
       OtherConfigurationError: its cells were trained in another way.
       ValueError: it is something else, or can not be written.
     """
-    folder = config.run_dir.expanduser()
+    folder = expanded(config.run_dir)
     options, path = folder / "config.json", folder / "cells.jsonl"
     ours, theirs = identity(config), {}
     if options.exists():
@@ -46,7 +48,7 @@ def open_folder(config: Config) -> pathlib.Path:
         raise ValueError(f"{folder} is no folder of `dtnh matrix` and not empty.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(options, {**theirs, **ours})
+        files.write_json(options, {**theirs, **ours})
         with path.open("ab+") as file:
             file.seek(0)
             content = file.read()
@@ -99,7 +101,7 @@ def append(path: pathlib.Path, record: Record) -> None:
 
 def _foreign(folder: pathlib.Path) -> bool:
     """Whether a folder holds more than `open_folder` may have left when killed."""
-    return bool({entry.name for entry in folder.iterdir()} - {"config.json.partial"})
+    return any(entry.suffix != ".partial" for entry in folder.iterdir())
 
 
 def _shown(value: Any) -> str:

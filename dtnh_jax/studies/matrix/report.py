@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dtnh_jax import plots
-from dtnh_jax.finetune.runs.folder import write_json
+from dtnh_jax.finetune import files
 from dtnh_jax.studies.matrix.progress import duration
 
 _HEADER = [
@@ -29,8 +29,8 @@ _HEADER = [
 def write(folder: pathlib.Path, results: dict[str, Any]) -> None:
     """Writes the figures, the report, and then the results."""
     figures = _figures(folder, results)
-    (folder / "report.md").write_text(_markdown(results, figures))
-    write_json(folder / "results.json", results)
+    files.write(folder / "report.md", _markdown(results, figures))
+    files.write_json(folder / "results.json", results)
 
 
 def show(console: Console, results: dict[str, Any], folder: pathlib.Path) -> None:
@@ -55,16 +55,17 @@ def _figures(folder: pathlib.Path, results: dict[str, Any]) -> dict[str, str]:
     for number, table in enumerate(results["tables"]):
         name = f"worst-{table['optimizer']}-{number}.png"
         worst = {rule["rule"]: rule["worst"]["mean"] for rule in table["rules"]}
-        plots.worst_cases(worst).savefig(folder / name)
+        files.write_figure(folder / name, plots.worst_cases(worst))
         figures[f"worst {number}"] = name
         name = f"sweep-{table['optimizer']}-{number}.png"
-        plots.strength_sweep(_mean_panels(table)).savefig(folder / name)
+        swept = plots.strength_sweep(_mean_panels(table))
+        files.write_figure(folder / name, swept)
         figures[f"sweep {number}"] = name
     if results["harm"]:
         rates: dict[str, dict[str, float]] = {}
         for row in results["harm"]:
             rates.setdefault(row["optimizer"], {})[row["rule"]] = row["harm"]
-        plots.harm_rates(rates).savefig(folder / "harm.png")
+        files.write_figure(folder / "harm.png", plots.harm_rates(rates))
         figures["harm"] = "harm.png"
     for regularizer, optimizer in sorted(
         {(row["regularizer"], row["optimizer"]) for row in results["rows"]}
@@ -81,7 +82,7 @@ def _figures(folder: pathlib.Path, results: dict[str, Any]) -> dict[str, str]:
                 ]
         if panels:
             name = f"{regularizer}-{optimizer}.png"
-            plots.strength_sweep(panels).savefig(folder / name)
+            files.write_figure(folder / name, plots.strength_sweep(panels))
             figures[f"{regularizer} with {optimizer}"] = name
     return figures
 

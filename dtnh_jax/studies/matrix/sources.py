@@ -4,7 +4,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import pathlib
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from flax import linen as nn
 from flax import serialization
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from dtnh_jax.finetune import files
 from dtnh_jax.studies.matrix import batches, training
 from dtnh_jax.studies.matrix.catalogue import ALONE, SOURCES, Source
 from dtnh_jax.studies.matrix.evaluation import Network
@@ -168,7 +168,4 @@ def _accuracy(evaluator: Network, variables: Variables, images: Images) -> float
 def _write(path: pathlib.Path, content: bytes) -> None:
     """Writes a file so that readers see it whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Two commands may pretrain the same source at a time.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    files.write(path, content)
