@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from dtnh_jax.plots._style import COLOURS, GREY, HATCHES, blank, points, span
+from dtnh_jax.plots._style import COLOURS, GREY, HATCHES, VERBATIM, blank, points, span
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,15 +54,15 @@ def harm_rates(rates: Mapping[str, Mapping[str, float]]) -> "Figure":
             label = f"{100 * rate:.0f}%"
             style = {"textcoords": "offset points", "va": "center", "fontsize": 8}
             axes.annotate(label, (100 * rate, row), xytext=(3, 0), **style)
-        axes.set_title(optimizer, fontsize=10)
+        axes.set_title(optimizer, fontsize=10, **VERBATIM)
         axes.grid(axis="x", alpha=0.3)
         axes.set_axisbelow(True)
     first = panels[0][0]
-    first.set_yticks(range(len(names)), names)
+    first.set_yticks(range(len(names)), names, **VERBATIM)
     first.set_ylim(len(names) - 0.4, -0.6)
     first.set_xlim(0, 118 * largest or 1.0)
     figure.supxlabel("harmed (%)", fontsize=10)
-    figure.suptitle(_harm(rates, names), fontsize=11)
+    figure.suptitle(_harm(rates, names), fontsize=11, **VERBATIM)
     return figure
 
 
@@ -125,10 +125,11 @@ def worst_cases(worst: Mapping[str, float]) -> "Figure":
     margin = 0.18 * (high - low) or 1.0
     axes.set_xlim(low - margin, high + margin)
     axes.axvline(0, color=GREY, linewidth=0.8)
-    axes.set_yticks(range(len(worst)), list(worst))
+    axes.set_yticks(range(len(worst)), list(worst), **VERBATIM)
     axes.set_ylim(len(worst) - 0.4, -0.6)
     axes.set_xlabel("worst difference to plain fine-tuning (percentage points)")
-    figure.suptitle(f"At worst {span(worst, points)} points", fontsize=11)
+    title = f"At worst {span(worst, points)} points"
+    figure.suptitle(title, fontsize=11, **VERBATIM)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
     return figure
