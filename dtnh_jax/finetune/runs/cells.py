@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TextIO
@@ -180,6 +181,8 @@ def _train_cell(
                 if step == experiment.steps:
                     break
                 received = stop_at()
+                if file and (received is not None or manager.should_save(step)):
+                    os.fsync(file.fileno())  # a checkpoint does not outlast its lines
                 checkpoints.save(
                     manager, step, _arrays(state), force=received is not None
                 )

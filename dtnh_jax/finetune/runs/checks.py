@@ -5,6 +5,7 @@ from typing import Any
 
 from dtnh_jax.finetune.config import Config
 from dtnh_jax.finetune.data.targets import FAMILIES, TARGETS, is_target
+from dtnh_jax.finetune.directories import expanded
 from dtnh_jax.finetune.methods import METHODS, REGULARIZERS
 from dtnh_jax.finetune.weights.sources import is_source, known_sources
 
@@ -20,6 +21,9 @@ def check(config: Config) -> None:
             f"`--target` must be one of {', '.join(TARGETS)}, {', '.join(FAMILIES)}, "
             f"got {config.target!r}."
         )
+    _ = config.folder  # raises where it is in a home that is not known
+    if config.data_dir is not None:
+        expanded(config.data_dir)
     if not config.methods:
         raise ValueError("`--methods` must name at least one method, got none.")
     for name in config.methods:
