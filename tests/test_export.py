@@ -162,13 +162,16 @@ def test_predict_takes_an_exported_file(run, tmp_path, capsys):
 
 def test_predict_leaves_out_what_can_not_be_read(run, tmp_path, capsys):
     pictures.draw(tmp_path / "night.png", 5)
+    pictures.draw(tmp_path / "two\nlines.png", 5)
     (tmp_path / "cut.png").write_bytes((tmp_path / "night.png").read_bytes()[:90])
     turned = with_exif_chunk((tmp_path / "night.png").read_bytes())
     (tmp_path / "exif.png").write_bytes(turned)
     files = [str(tmp_path / f"{name}.png") for name in ("cut", "night", "exif", "none")]
+    files.append(str(tmp_path / "two\nlines.png"))
     assert main(["predict", str(run), *files]) == 0
     out, err = capsys.readouterr()
-    night, exif = out.splitlines()
+    night, exif, lines = out.splitlines()
+    assert lines.startswith(f"{tmp_path}/two\\nlines.png: dark ")
     assert night.startswith(f"{files[1]}: dark ")
     assert exif.startswith(f"{files[2]}: dark ")
     assert err == (

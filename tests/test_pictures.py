@@ -197,7 +197,7 @@ def test_a_large_picture_is_read_without_a_warning(tmp_path, monkeypatch):
         found = survey([tmp_path / "a.png", tmp_path / "b.png"], ["a", "b"])
     assert caught == []
     assert found.good == [0]
-    assert found.notes == ("1 files can not be read and are left out: b.",)
+    assert found.notes == ("1 files are too large to be read and are left out: b.",)
 
 
 def test_a_look_is_of_the_whole_file(tmp_path):

@@ -78,6 +78,14 @@ def test_without_a_home_the_folder_for_data_has_to_be_given(monkeypatch, tmp_pat
             check(Config(**places))
 
 
+@pytest.mark.parametrize("name", ["caf\udce9", "two\nlines"])
+def test_results_need_a_folder_of_a_name_that_all_can_write(name):
+    with pytest.raises(ValueError, match=r"`--run-dir` must be .* UTF-8, got /.*\\"):
+        check(Config(run_dir=pathlib.Path(name)))
+    with pytest.raises(ValueError, match=r"`--data-dir` must be .* UTF-8, got /.*\\"):
+        check(Config(data_dir=pathlib.Path(name)))
+
+
 def test_a_damaged_elpv_is_named(tmp_path):
     targets.load_target("elpv", data_dir=tmp_path)
     (tmp_path / "elpv" / "certain" / "1.0.0" / "dataset_info.json").write_text("")
@@ -92,6 +100,9 @@ def test_what_is_compiled_is_marked_as_a_cache(tmp_path, monkeypatch):
     jax.config.update("jax_compilation_cache_dir", before)
     tag = tmp_path / "photos" / "data" / "compiled" / "CACHEDIR.TAG"
     assert tag.read_text().startswith("Signature: 8a477f597d28d172789f06886806bc55")
+    (tmp_path / "file").write_text("")
+    directories.keep_compiled(Config(data_dir=tmp_path / "file"))  # nothing is kept
+    assert jax.config.jax_compilation_cache_dir == before
     pictures.folders(tmp_path / "photos", ["a", "b"], 2)
     assert load_folder(tmp_path / "photos").class_names == ("a", "b")
 

@@ -1,6 +1,5 @@
 """Where prepared data and compiled programs are kept."""
 
-import contextlib
 import os
 import pathlib
 from typing import Any
@@ -55,10 +54,9 @@ def keep_compiled(config: Any) -> None:
         return
     try:
         directory = data_dir(config.data_dir) / "compiled"
-    except ValueError:  # no home: each run compiles
-        return
-    with contextlib.suppress(OSError):  # jax warns where it can not write
         directory.mkdir(parents=True, exist_ok=True)
         if not (directory / _TAG[0]).exists():
             (directory / _TAG[0]).write_text(_TAG[1])
+    except (ValueError, OSError):
+        return  # there is no home, or it can not be written: every run compiles
     jax.config.update("jax_compilation_cache_dir", str(directory))

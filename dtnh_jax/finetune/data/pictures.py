@@ -98,6 +98,8 @@ def look(file: str | os.PathLike[str] | bytes) -> Look:
                 return Look(digest, UNREADABLE)
             if kind := _DEEP.get(image.mode, ""):
                 return Look(digest, "", kind, float(np.asarray(image).max()))
+    except Image.DecompressionBombError:
+        return Look(digest, "are too large to be read")
     except ModeError as error:
         return Look(digest, str(error))
     except Exception:  # readers of damaged files raise whatever they stumble over

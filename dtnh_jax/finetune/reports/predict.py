@@ -10,6 +10,7 @@ from typing import Any
 import tyro
 
 from dtnh_jax.finetune import shell
+from dtnh_jax.finetune.wording import printable
 
 _AT_ONCE = 64
 
@@ -45,7 +46,8 @@ def run(argv: Sequence[str]) -> int:
         print(json.dumps(found, indent=1))
         return 0
     for line in found:
-        print(f"{line['file']}: {line['class']} {100 * line['probability']:.1f}%")
+        share = f"{100 * line['probability']:.1f}%"
+        print(f"{printable(line['file'])}: {line['class']} {share}")
     return 0
 
 
