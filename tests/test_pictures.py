@@ -134,6 +134,30 @@ def test_what_exceeds_the_white_of_training_is_left_out(tmp_path):
     )
 
 
+def png_of_16_bits(values):
+    """Returns a PNG of one row, in colours of 16 bits, which PIL does not write."""
+    row = b"\0" + np.repeat(np.array(values, ">u2"), 3).tobytes()
+    header = struct.pack(">IIBBBBB", len(values), 1, 16, 2, 0, 0, 0)
+    chunks = {b"IHDR": header, b"IDAT": zlib.compress(row), b"IEND": b""}
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body))
+        + name
+        + body
+        + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks.items()
+    )
+
+
+def test_colours_of_16_bits_that_would_be_black_are_left_out(tmp_path):
+    full, low = png_of_16_bits([0, 300, 65535]), png_of_16_bits([0, 7, 255])
+    (tmp_path / "a.png").write_bytes(full)
+    assert read_picture(tmp_path / "a.png")[0, :, 1].tolist() == [0, 1, 255]
+    assert survey([full, low], ["full", "low"]).notes == (
+        "1 files are of mode RGB with 16 bits, of which the upper 8 are all but black, "
+        "and are left out: low.",
+    )
+
+
 # Modes and sizes
 
 

@@ -43,6 +43,11 @@ def _prepare(config: Config) -> tuple[preparation.Experiment, list[str]]:
     directories.keep_compiled(config)
     prepared = preparation.prepare(config)
     data = contents(prepared.target)
+    if not processes.is_same(data["digest"]):
+        raise ValueError(
+            f"{prepared.target.name} must be the same pictures in every process, got "
+            "others in some."
+        )
     notes = processes.on_first(lambda: open_folder(config, results.machine(), data))
     return prepared, notes
 

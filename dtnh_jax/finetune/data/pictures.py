@@ -23,6 +23,7 @@ _DEEP = {"F": "floats"} | dict.fromkeys(
     ("I", "I;16", "I;16L", "I;16B", "I;16N"), "integers"
 )
 _WHITES = (1.0, 255.0, 1023.0, 4095.0, 16383.0, 65535.0)
+_DARK = 16  # what white of 12 bits becomes where it is read as 16
 _ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -140,8 +141,15 @@ def quiet() -> Iterator[None]:
 def _pixels(
     image: Image.Image, white: Mapping[str, float] | None = None
 ) -> UInt8[np.ndarray, "h w c"]:
+    is_deep = ";16" in str(getattr(image, "tile", ""))  # known until it is loaded
     image.load()
     pixels = np.asarray(_grey_or_rgb(_upright(image), white))
+    if is_deep and image.mode not in _DEEP and pixels.max(initial=0) < _DARK:
+        # PIL reads the upper 8 bits alone, and the others would be needed.
+        raise ModeError(
+            f"are of mode {image.mode} with 16 bits, of which the upper 8 are all but "
+            "black,"
+        )
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
