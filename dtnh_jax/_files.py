@@ -41,6 +41,15 @@ def replace(path: str | os.PathLike[str], content: str | bytes) -> None:
     sync(path.parent)
 
 
+def make_folder(path: str | os.PathLike[str]) -> None:
+    """Makes a folder, and those that it is in, unless they are there."""
+    path = pathlib.Path(path)
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync(folder.parent)
+
+
 def sync(path: str | os.PathLike[str]) -> None:
     """Returns once a file, or the names in a folder, are on disk.
 
@@ -52,6 +61,7 @@ def sync(path: str | os.PathLike[str]) -> None:
     with contextlib.ExitStack() as stack:
         if is_folder:  # Windows opens none, and some file systems sync none
             stack.enter_context(contextlib.suppress(OSError))
-        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+        reads = is_folder or os.name == "posix"
+        descriptor = os.open(path, os.O_RDONLY if reads else os.O_RDWR)
         stack.callback(os.close, descriptor)
         os.fsync(descriptor)

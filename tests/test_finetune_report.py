@@ -202,6 +202,14 @@ def test_a_file_is_on_disk_before_its_name_is(tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_folders_are_on_disk_with_the_one_above(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("dtnh_jax._files.sync", synced.append)
+    for _ in range(2):
+        files.make_folder(tmp_path / "a" / "b")
+    assert synced == [tmp_path / "a", tmp_path]
+
+
 def test_a_file_that_can_not_be_written_is_as_it_was(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     files.write(path, "old")

@@ -9,6 +9,7 @@ from typing import Any
 from dtnh_jax import _files
 
 write = _files.replace
+make_folder = _files.make_folder
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -53,7 +53,7 @@ def save(
             return
         if jax.process_index() == 0:
             digests = {str(f.relative_to(path)): _digest(f) for f in _listed(path)}
-            for written in (*_listed(path), path.parent):
+            for written in (path.parent, *path.rglob("*")):
                 _files.sync(written)
             _files.replace(path / _DIGESTS, json.dumps(digests))
     except jax.errors.JaxRuntimeError:

@@ -21,7 +21,7 @@ from typing import Any
 
 from dtnh_jax import _files
 from dtnh_jax.finetune.config import Config, identity
-from dtnh_jax.finetune.files import write, write_json
+from dtnh_jax.finetune.files import make_folder, write, write_json
 
 _OF_A_CELL = {
     "method",
@@ -56,7 +56,7 @@ class Folder:
 
     def make(self) -> "Folder":
         """Makes the directories, and returns itself."""
-        (self.path / "cells").mkdir(parents=True, exist_ok=True)
+        make_folder(self.path / "cells")
         return self
 
     def result(self, cell: str) -> dict[str, Any] | None:
@@ -148,7 +148,7 @@ def open_folder(
     path = config.folder
     notes: list[str] = []
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         begun = (path / "config.json").exists()
         if not begun or not isinstance(_read(path / "machine.json"), dict):
             write_json(path / "machine.json", machine)

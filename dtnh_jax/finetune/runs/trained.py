@@ -115,7 +115,7 @@ def write_tensors(
         key: printable(value) if isinstance(value, str) else json.dumps(value)
         for key, value in facts._asdict().items()
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(path.parent)
     files.write(path, safetensors.numpy.save(tensors, metadata))
 
 

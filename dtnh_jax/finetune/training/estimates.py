@@ -54,7 +54,7 @@ def estimate(name: str, question: Question) -> Any:
     try:
         return msgpack_restore(kept.read_bytes())
     except Exception:  # there is none, or whatever a reader of damaged files raises
-        kept.parent.mkdir(parents=True, exist_ok=True)
+        files.make_folder(kept.parent)
     measured = jax.tree.map(np.asarray, ESTIMATES[name](question))
     content = msgpack_serialize(measured)
     files.write(kept, content)
