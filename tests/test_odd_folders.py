@@ -109,6 +109,7 @@ def written(path, *names):
     "names",
     [
         ("config.json", "machine.json"),
+        ("machine.json",),
         ("config.json", "cells.jsonl"),
         ("model.safetensors", "README.md"),
         ("CACHEDIR.TAG",),

@@ -224,6 +224,23 @@ def test_a_large_picture_is_read_without_a_warning(tmp_path, monkeypatch):
     assert found.notes == ("1 files are too large to be read and are left out: b.",)
 
 
+def test_what_pil_logs_without_a_name_is_not_shown(tmp_path, caplog):
+    pictures.draw(tmp_path / "a.tif", 9)
+    content = (tmp_path / "a.tif").read_bytes()
+    samples = struct.pack("<HHI", 277, 3, 1)  # a tag of one number
+    assert content.count(samples) == 1
+    start = content.index(samples) + len(samples)
+    (tmp_path / "a.tif").write_bytes(
+        content[:start] + b"\x03\x04" + content[start + 2 :]
+    )
+    assert survey([tmp_path / "a.tif"], ["a.tif"]).notes == (
+        "1 files can not be read and are left out: a.tif.",
+    )
+    assert caplog.records == []
+    assert not is_readable(tmp_path / "a.tif")
+    assert "More samples per pixel" in caplog.text
+
+
 def test_a_look_is_of_the_whole_file(tmp_path):
     pictures.draw(tmp_path / "a.png", 9)
     content = (tmp_path / "a.png").read_bytes()

@@ -74,7 +74,7 @@ def _is_output(tree: Tree, folder: pathlib.Path) -> bool:
         return all(os.path.isfile(folder / name) for name in names)
 
     return (
-        has("config.json", "machine.json")
+        has("machine.json")  # a run, which has it from its first moment
         or has("config.json", "cells.jsonl")
         or has("model.safetensors", "README.md")
         or has("CACHEDIR.TAG")

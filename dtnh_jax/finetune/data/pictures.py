@@ -8,6 +8,7 @@ a picture go, and whoever reads a set of pictures has one white for all of them.
 import contextlib
 import hashlib
 import io
+import logging
 import os
 import pathlib
 import warnings
@@ -133,9 +134,15 @@ def white_of(looks: Iterable[Look]) -> dict[str, float]:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silences what PIL warns of, without the name of the file: see `look` instead."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        yield
+    logger = logging.getLogger("PIL")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _pixels(
