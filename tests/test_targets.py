@@ -13,6 +13,7 @@ from dtnh_jax.finetune import directories
 from dtnh_jax.finetune.config import Config
 from dtnh_jax.finetune.data import targets
 from dtnh_jax.finetune.data.class_folders import load_folder
+from dtnh_jax.finetune.data.pictures import UnreadableError
 from dtnh_jax.finetune.runs.checks import check
 
 EMPTY = targets.Target(
@@ -91,6 +92,11 @@ def test_a_damaged_elpv_is_named(tmp_path):
     (tmp_path / "elpv" / "certain" / "1.0.0" / "dataset_info.json").write_text("")
     with pytest.raises(ValueError, match=r"The target 'elpv' can not be .*/elpv is d"):
         targets.load_target("elpv", data_dir=tmp_path)
+
+
+def test_a_damaged_picture_of_elpv_is_named():
+    with pytest.raises(UnreadableError, match="picture 7 of elpv can not be read: "):
+        targets._decode(7, {"image": b"no", "label": 0})
 
 
 def test_what_is_compiled_is_marked_as_a_cache(tmp_path, monkeypatch):

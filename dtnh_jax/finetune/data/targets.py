@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
 
 from dtnh_jax.finetune import directories
 from dtnh_jax.finetune.data import elpv
 from dtnh_jax.finetune.data.class_folders import load_folder
+from dtnh_jax.finetune.data.pictures import UnreadableError, read_picture
 from dtnh_jax.finetune.data.target import Target
 from dtnh_jax.finetune.data.tfds_target import load_tfds
 
@@ -99,20 +99,22 @@ def _load_elpv(data_dir: pathlib.Path) -> Target:
         name="elpv",
         licence=elpv.LICENCE,
         class_names=elpv.CLASS_NAMES,
-        examples=grain.MapDataset.source(stored).map(_decode),
+        examples=grain.MapDataset.source(stored).map_with_index(_decode),
         labels=labels,
     )
 
 
-def _decode(example: dict[str, Any]) -> dict[str, Any]:
+def _decode(index: int, example: dict[str, Any]) -> dict[str, Any]:
     """Returns an example of TFDS with its image decoded.
 
     TFDS would do it, with OpenCV where that is installed, and log that it should be
     where it is not. PIL gives everybody the same pixels.
     """
-    with Image.open(io.BytesIO(example["image"])) as image:
-        pixels = np.asarray(image if image.mode == "L" else image.convert("RGB"))
-    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    try:
+        pixels = read_picture(io.BytesIO(example["image"]))
+    except Exception as error:  # readers of damaged files raise whatever they like
+        damaged = f"picture {index} of elpv can not be read: {error}"
+        raise UnreadableError(damaged) from error
     return {"image": pixels, "label": example["label"]}
 
 

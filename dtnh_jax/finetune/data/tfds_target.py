@@ -18,7 +18,7 @@ from PIL import Image
 from tensorflow_datasets.core.features import image_feature
 
 from dtnh_jax.finetune.data.elpv import TargetUnavailableError
-from dtnh_jax.finetune.data.pictures import read_picture
+from dtnh_jax.finetune.data.pictures import UnreadableError, read_picture
 from dtnh_jax.finetune.data.survey import survey
 from dtnh_jax.finetune.data.target import Target, published_splits
 
@@ -83,8 +83,12 @@ def load_tfds(name: str, data_dir: pathlib.Path) -> Target:
 
     def read(index: int) -> dict[str, Any]:
         split, row, label = rows[index]
-        encoded = sources[split][row][image_key]
-        picture = read_picture(io.BytesIO(encoded), seen.white)
+        try:
+            encoded = sources[split][row][image_key]
+            picture = read_picture(io.BytesIO(encoded), seen.white)
+        except Exception as error:
+            gone = f"{split}[{row}] of `tfds:{name}` can not be read any more: {error}"
+            raise UnreadableError(gone) from error
         return {"image": picture, "label": label}
 
     info, features = builder.info, _features(builder.info)
