@@ -123,10 +123,12 @@ def test_a_run_on_other_pictures_is_refused(tmp_path, digest, pictures, message)
     ours = config.Config(run_dir=tmp_path / "run")
     folder.open_folder(ours, {}, DATA)
     folder.open_folder(ours, {}, dict(DATA))
+    (ours.folder / "machine.json").write_text("")
     with pytest.raises(folder.OtherConfigurationError, match=message) as caught:
         folder.open_folder(ours, {}, {"digest": digest, "pictures": pictures})
     assert str(caught.value).startswith(f"{ours.folder} holds a run on other pictures")
-    folder.open_folder(ours, {}, DATA)
+    assert (ours.folder / "machine.json").read_text() == ""  # nothing is changed
+    assert len(folder.open_folder(ours, {}, DATA)) == 1
 
 
 def test_an_older_run_learns_its_data(tmp_path):
@@ -162,7 +164,7 @@ def test_damaged_results_are_not_complete(tmp_path, text):
     assert made.result("b") is not None
 
 
-@pytest.mark.parametrize("text", ["", "{", "\0\0", "[]", None])
+@pytest.mark.parametrize("text", ["", "{", "\0\0", "[]", "{}", None])
 def test_a_damaged_machine_is_the_present_one(tmp_path, text):
     ours, path = config.Config(run_dir=tmp_path), tmp_path / "machine.json"
     folder.open_folder(ours, {"date": "first"})

@@ -148,16 +148,18 @@ def open_folder(
     path = config.folder
     notes: list[str] = []
     try:
-        make_folder(path)
         begun = (path / "config.json").exists()
-        if not begun or not isinstance(_read(path / "machine.json"), dict):
+        if begun and data is not None:
+            _check_data(path, data)
+        make_folder(path)
+        found = _read(path / "machine.json")
+        if not begun or not (
+            isinstance(found, dict) and found.keys() >= machine.keys()
+        ):
             write_json(path / "machine.json", machine)
             notes += [f"{path / 'machine.json'} was damaged: it is of now."] * begun
-        if data is not None:
-            if begun:
-                _check_data(path, data)
-            if not (begun and (path / "data.json").exists()):
-                write_json(path / "data.json", data)
+        if data is not None and not (begun and (path / "data.json").exists()):
+            write_json(path / "data.json", data)
         if not begun:
             # Last: from here on it is a run folder.
             write_json(path / "config.json", identity(config))
