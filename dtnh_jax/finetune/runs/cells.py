@@ -181,8 +181,10 @@ def _train_cell(
                 if step == experiment.steps:
                     break
                 received = stop_at()
-                if file and (received is not None or manager.should_save(step)):
-                    os.fsync(file.fileno())  # a checkpoint does not outlast its lines
+                # No checkpoint outlasts its lines; the first step has one, too.
+                is_due = step % config.checkpoint_every == 0 or step == begin + 1
+                if file and (is_due or received is not None):
+                    os.fsync(file.fileno())
                 checkpoints.save(
                     manager, step, _arrays(state), force=received is not None
                 )
