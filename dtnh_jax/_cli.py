@@ -1,6 +1,7 @@
 """The console script `dtnh`: hands over to what its first word names."""
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -32,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
       one stopped it.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files and classes may be text that it has no letters for.
+        sys.stdout.reconfigure(errors="backslashreplace")
     if argv and argv[0] in _COMMANDS:
         return run(_COMMANDS[argv[0]], argv[1:])
     return run(_WITHOUT_A_WORD, argv)

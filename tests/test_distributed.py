@@ -13,6 +13,7 @@ import sys
 import time
 
 import numpy as np
+import pictures
 import pytest
 
 STEPS = 8
@@ -35,7 +36,7 @@ def data_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("data")
 
 
-def start(data_dir, run_dir, *options, devices):
+def start(data_dir, run_dir, *options, devices, cwd=None):
     script = pathlib.Path(__file__).parent / "tiny_network.py"
     flags = f"--xla_force_host_platform_device_count={devices}"
     places = ["--data-dir", str(data_dir), "--run-dir", str(run_dir)]
@@ -46,10 +47,11 @@ def start(data_dir, run_dir, *options, devices):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        cwd=cwd,
     )
 
 
-def start_pair(data_dir, run_dir, *options):
+def start_pair(data_dir, run_dir, *options, cwds=(None, None)):
     """Starts two processes that find each other at a free port."""
     with contextlib.closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
@@ -57,8 +59,12 @@ def start_pair(data_dir, run_dir, *options):
     together = ["--distributed", "--coordinator", address, "--processes", "2"]
     together += ["--heartbeat", "30", "--mesh", "data=2,fsdp=2", *options]
     return [
-        start(data_dir, run_dir, *together, "--process-id", str(number), devices=2)
-        for number in (0, 1)
+        start(
+            *(data_dir, run_dir, *together, "--process-id", str(number)),
+            devices=2,
+            cwd=cwd,
+        )
+        for number, cwd in enumerate(cwds)
     ]
 
 
@@ -150,3 +156,17 @@ def test_a_signal_to_one_stops_both_at_one_step(data_dir, alone, tmp_path):
     if done % STEPS:
         assert f"goes on after step {done % STEPS} of {STEPS}" in out
     assert_same_curves(run_dir, alone)
+
+
+def test_processes_that_have_other_pictures_are_refused(data_dir, tmp_path):
+    cwds = [tmp_path / name for name in ("here", "there")]
+    for cwd in cwds:
+        pictures.folders(cwd / "photos", ["cup", "mug"], 13)
+    (cwds[1] / "photos" / "mug" / "005.png").write_bytes(b"not copied")
+    run_dir = tmp_path / "run"
+    target = ["--target", "folder:photos", "--train-per-class", "7"]
+    pair = start_pair(data_dir, run_dir, *target, cwds=cwds)
+    said = [process.communicate(timeout=BOUND)[1] for process in pair]
+    assert [process.returncode for process in pair] == [2, 2], said
+    assert "folder:photos must be the same pictures in every process, got" in said[0]
+    assert not run_dir.exists()

@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ import pytest
 import safetensors.numpy
 import tiny_network
 from flax.traverse_util import unflatten_dict
+from PIL import Image
+from test_pictures import with_exif_chunk
 
 from dtnh_jax._cli import main
 from dtnh_jax.finetune.config import Config
@@ -155,6 +158,56 @@ def test_predict_takes_an_exported_file(run, tmp_path, capsys):
     for where in ("model.safetensors",):
         assert main(["predict", str(tmp_path / where), str(tmp_path / "a.png")]) == 0
         assert ": dark " in capsys.readouterr().out
+
+
+def test_predict_leaves_out_what_can_not_be_read(run, tmp_path, capsys):
+    pictures.draw(tmp_path / "night.png", 5)
+    pictures.draw(tmp_path / "two\nlines.png", 5)
+    (tmp_path / "cut.png").write_bytes((tmp_path / "night.png").read_bytes()[:90])
+    turned = with_exif_chunk((tmp_path / "night.png").read_bytes())
+    (tmp_path / "exif.png").write_bytes(turned)
+    files = [str(tmp_path / f"{name}.png") for name in ("cut", "night", "exif", "none")]
+    files.append(str(tmp_path / "two\nlines.png"))
+    assert main(["predict", str(run), *files]) == 0
+    out, err = capsys.readouterr()
+    night, exif, lines = out.splitlines()
+    assert lines.startswith(f"{tmp_path}/two\\nlines.png: dark ")
+    assert night.startswith(f"{files[1]}: dark ")
+    assert exif.startswith(f"{files[2]}: dark ")
+    assert err == (
+        f"dtnh: 2 files can not be read and are left out: {files[0]}, {files[3]}.\n"
+    )
+
+
+def test_white_is_kept_with_the_weights(run, tmp_path, capsys):
+    _, source, variables = found = trained.load(trained.path_of(run, "fine-tuning", 0))
+    assert found.facts.white == {}
+    facts = found.facts._replace(white={"floats": 1.0})
+    trained.write(tmp_path / "a.safetensors", variables, facts)
+    assert trained.load(tmp_path / "a.safetensors").facts == facts
+    for name, value in {"dark": 0.02, "bright": 0.85, "other": 220}.items():
+        image = Image.fromarray(np.full((16, 16), value, np.float32))
+        image.save(tmp_path / f"{name}.tif")
+    files = [str(tmp_path / f"{name}.tif") for name in ("dark", "bright", "other")]
+    assert main(["predict", str(tmp_path / "a.safetensors"), *files]) == 0
+    out, err = capsys.readouterr()
+    assert [line.split()[1] for line in out.splitlines()] == ["dark", "bright"]
+    assert "have numbers above 1, which was white in training" in err
+    assert source.name == "tiny"
+
+
+def test_damaged_results_are_named(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "results.json").write_text("")
+    err = refused(capsys, "export", tmp_path / "run")
+    assert f"{tmp_path / 'run' / 'results.json'} is damaged" in err
+
+
+def test_a_card_shows_names_as_they_are(run):
+    results = results_of(run)
+    results["class_names"] = ["$0_to_$10", "<b>|*"]
+    card = model_card(results, "fine-tuning", 0)
+    assert r"2 classes: \$0\_to\_\$10, \<b\>\|\*" in card
 
 
 def refused(capsys, *arguments):

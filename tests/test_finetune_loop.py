@@ -309,3 +309,14 @@ def test_a_probe_fits_features_that_tell_classes_apart():
     head = estimates.linear_probe(jnp.float32(features), jnp.asarray(labels), 3)
     logits = features @ head["kernel"] + head["bias"][None, :]
     assert (np.argmax(logits, axis=-1) == labels).all()
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 9, b"\x81\xa4"])
+def test_a_damaged_estimate_is_measured_anew(tmp_path, content):
+    path = tmp_path / "estimate"
+    question = estimates.Question(SOURCE, ORIGINAL, examples(), 2, 0, path)
+    path.with_suffix(".msgpack").write_bytes(content)
+    found = estimates.estimate("relationship", question)
+    np.testing.assert_array_equal(found, known("co_tuning").estimate)
+    assert path.with_suffix(".msgpack").stat().st_size > found.nbytes
+    np.testing.assert_array_equal(estimates.estimate("relationship", question), found)

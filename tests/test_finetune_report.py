@@ -1,14 +1,16 @@
 """What is made of results: numbers, tables, figures and files."""
 
+import errno
 import json
 import math
+import os
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from dtnh_jax import plots
-from dtnh_jax.finetune import config
+from dtnh_jax.finetune import config, files
 from dtnh_jax.finetune.methods import METHODS
 from dtnh_jax.finetune.reports import report, results
 from dtnh_jax.finetune.runs import folder, progress, statistics
@@ -103,6 +105,135 @@ def test_a_damaged_folder_is_refused(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"config\.json is not readable"):
         folder.check_folder(config.Config(run_dir=tmp_path))
+
+
+DATA = {"digest": "1", "pictures": {"cup": 3, "mug": 3}}
+
+
+@pytest.mark.parametrize(
+    ("digest", "pictures", "message"),
+    [
+        ("2", {"cup": 4, "mug": 3}, r"\(cup had 3 and has 4\): give another"),
+        ("2", {"cup": 3}, r"\(mug had 3 and has none\)"),
+        ("2", {**DATA["pictures"], "jar": 1}, r"\(jar had none and has 1\)"),
+        ("2", DATA["pictures"], r"\(as many of each class, but not the same\)"),
+    ],
+)
+def test_a_run_on_other_pictures_is_refused(tmp_path, digest, pictures, message):
+    ours = config.Config(run_dir=tmp_path / "run")
+    folder.open_folder(ours, {}, DATA)
+    folder.open_folder(ours, {}, dict(DATA))
+    (ours.folder / "machine.json").write_text("")
+    with pytest.raises(folder.OtherConfigurationError, match=message) as caught:
+        folder.open_folder(ours, {}, {"digest": digest, "pictures": pictures})
+    assert str(caught.value).startswith(f"{ours.folder} holds a run on other pictures")
+    assert (ours.folder / "machine.json").read_text() == ""  # nothing is changed
+    assert len(folder.open_folder(ours, {}, DATA)) == 1
+
+
+def test_an_older_run_learns_its_data(tmp_path):
+    ours = config.Config(run_dir=tmp_path / "run")
+    folder.open_folder(ours, {})
+    folder.open_folder(ours, {}, DATA)
+    assert json.loads((tmp_path / "run" / "data.json").read_text()) == DATA
+    (tmp_path / "run" / "data.json").write_text("")
+    with pytest.raises(ValueError, match=r"data\.json is not readable: delete it if"):
+        folder.open_folder(ours, {}, DATA)
+
+
+RESULT = dict.fromkeys(
+    ("method", "seed", "strength", "accuracy", "balanced_accuracy", "predictions")
+)
+
+
+@pytest.mark.parametrize("text", ["", "{", "\0" * 9, "[]", "{}", '{"accuracy": 1}'])
+def test_damaged_results_are_not_complete(tmp_path, text):
+    ours = config.Config(run_dir=tmp_path / "run")
+    folder.open_folder(ours, {"date": "first"})
+    made = folder.Folder(tmp_path / "run")
+    for each in (made, made.of_tuning()):
+        for cell in ("a", "b"):
+            each.finish(cell, {**RESULT, "seconds": 1.0})
+        (each.path / "cells" / "a.json").write_text(text)
+        assert each.result("a") is None
+    assert folder.open_folder(ours, {}) == [
+        f"{path / 'cells' / 'a.json'} was damaged: that training is done anew."
+        for path in (made.path, made.path / "tune")
+    ]
+    assert folder.open_folder(ours, {}) == []
+    assert made.result("b") is not None
+
+
+@pytest.mark.parametrize("text", ["", "{", "\0\0", "[]", "{}", None])
+def test_a_damaged_machine_is_the_present_one(tmp_path, text):
+    ours, path = config.Config(run_dir=tmp_path), tmp_path / "machine.json"
+    folder.open_folder(ours, {"date": "first"})
+    path.unlink() if text is None else path.write_text(text)
+    note = f"{path} was damaged: it is of now."
+    assert folder.open_folder(ours, {"date": "second"}) == [note]
+    assert json.loads(path.read_text()) == {"date": "second"}
+
+
+def test_damaged_metrics_are_left_out(tmp_path):
+    ours = folder.Folder(tmp_path)
+    lines = [{"cell": "a", "step": step, "seconds": 1.0} for step in (1, 2)]
+    first, second = (json.dumps(line).encode() for line in lines)
+    ours.metrics_path.write_bytes(first + b"\n\0\0\xff\n{}\n7\n" + second + b"\n\0")
+    assert ours.metrics() == lines
+    assert ours.rewind("a", 1) == 1.0
+    assert ours.metrics_path.read_bytes() == first + b"\n"
+
+
+# Files that last
+
+
+def test_a_file_is_on_disk_before_its_name_is(tmp_path, monkeypatch):
+    done, path = [], tmp_path / "a.json"
+    path.write_text("old")
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+
+        def call(*arguments, name=name, real=real):
+            done.append((name, path.read_text()))
+            return real(*arguments)
+
+        monkeypatch.setattr(os, name, call)
+    files.write_json(path, [1])
+    # The content, its name, and the folder that has the name.
+    assert done == [("fsync", "old"), ("replace", "old"), ("fsync", "[\n 1\n]\n")]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_folders_are_on_disk_with_the_one_above(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("dtnh_jax._files.sync", synced.append)
+    for _ in range(2):
+        files.make_folder(tmp_path / "a" / "b")
+    assert synced == [tmp_path / "a", tmp_path]
+
+
+def test_a_file_that_can_not_be_written_is_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    files.write(path, "old")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        files.write(path, "new")
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_links_are_followed_and_no_letter_stops_a_file(tmp_path):
+    (tmp_path / "link.md").symlink_to(tmp_path / "real.md")
+    files.write(tmp_path / "link.md", "caf\udce9 \u732b")
+    assert (tmp_path / "link.md").is_symlink()
+    assert (tmp_path / "real.md").read_text("utf-8") == r"caf\udce9 \u732b".replace(
+        r"\u732b", "\u732b"
+    )
+    files.write("/dev/null", "text")
 
 
 # Tables

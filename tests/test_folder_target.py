@@ -325,3 +325,24 @@ def test_thirty_photographs_of_each_of_three_classes(capsys, monkeypatch, tmp_pa
     assert results["config"]["train_per_class"] == 20
     assert len(results["cells"][0]["predictions"]) == 27
     assert "27 photographs, 9 of each class" in (run_dir / "report.md").read_text()
+
+    # As after a loss of power.
+    (cell,) = (run_dir / "cells").iterdir()
+    cell.write_text("")
+    assert main(arguments) == 0
+    out, _ = capsys.readouterr()
+    assert f"{cell} was damaged: that training is done anew.\n" in out
+    found, expected = json.loads((run_dir / "results.json").read_text()), results
+    assert {**found, "measured": 0} == {**expected, "measured": 0}
+
+    # Other pictures under the same name are another run.
+    before = (run_dir / "results.json").read_bytes()
+    (photos / "mug" / "029.png").unlink()
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == (
+        f"dtnh: {run_dir} holds a run on other pictures (mug had 30 and has 29): give "
+        "another `--run-dir`.\n"
+    )
+    assert (run_dir / "results.json").read_bytes() == before

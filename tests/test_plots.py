@@ -1,10 +1,12 @@
 """Figures: what is drawn is what was given, and colour is never all that tells."""
 
+import io
 import itertools
 
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 
 from dtnh_jax import plots
 
@@ -203,3 +205,49 @@ def test_steps_without_a_finite_number_are_left_out():
 def test_bars_name_what_is_wrong(draw, message):
     with pytest.raises(ValueError, match=message):
         draw()
+
+
+# Names of users
+
+NAME = "$5-$10 \\$x$ _{a}"
+
+
+def texts(figure):
+    figure.savefig(io.BytesIO())
+    return [text for text in figure.findobj(Text) if text.get_text()]
+
+
+def named(figure, name):
+    """Whether a figure draws a name somewhere, and nowhere as mathematics."""
+    ours = [text for text in texts(figure) if name in text.get_text()]
+    ours = [text for text in ours if "mathdefault" not in text.get_text()]  # 10 ** n
+    assert not any(text.get_parse_math() for text in ours)
+    return len(ours)
+
+
+@pytest.mark.parametrize("name", [NAME, "$0_to_$10", "$", "_hidden"])
+def test_a_name_is_drawn_as_it_is(name):
+    images = np.zeros((2, 4, 4, 3), np.uint8)
+    found = {name: [0, 0], "other": [0, 1]}
+    assert named(plots.prediction_grid(images, [0, 1], found, [name, "b"]), name) >= 3
+    assert named(plots.accuracy_by_method({name: [0.5], "other": [0.4]}), name) >= 2
+    line = {"method": name, "seed": 0, "step": 1, "cosine": 0.1, "conflict": 0.0}
+    assert named(plots.conflict_over_steps([line]), name) >= 2
+    assert named(plots.conflict_map(np.array([[0.1, -0.2]]), [name]), name) >= 2
+    assert named(plots.harm_rates({name: {name: 0.5}}), name) >= 3
+    assert named(plots.worst_cases({name: -0.5}), name) >= 2
+    panels = {name: {name: [(1.0, 0.1, None, None)]}}
+    assert named(plots.strength_sweep(panels), name) >= 3
+    rows = [ratio_row(name, 3.0, 1.0, group=name)]
+    assert named(plots.benchmark_ratios(rows), name) >= 3
+
+
+def test_a_long_name_of_a_class_ends_where_the_next_begins():
+    images = np.zeros((2, 4, 4, 3), np.uint8)
+    figure = plots.prediction_grid(images, [0, 1], {}, ["a" * 99, "b"])
+    shown, other = (axes.title.get_text() for axes in figure.axes)
+    assert shown.startswith("aaaaaaaaaaaa")
+    assert shown.endswith("a\u2026")
+    assert other == "b"
+    first, second = (axes.title.get_window_extent() for axes in figure.axes)
+    assert first.x1 < second.x0

@@ -3,11 +3,18 @@
 import pathlib
 
 import grain
+import jax
 import numpy as np
+import pictures
 import pytest
 from PIL import Image
 
+from dtnh_jax.finetune import directories
+from dtnh_jax.finetune.config import Config
 from dtnh_jax.finetune.data import targets
+from dtnh_jax.finetune.data.class_folders import load_folder
+from dtnh_jax.finetune.data.pictures import UnreadableError
+from dtnh_jax.finetune.runs.checks import check
 
 EMPTY = targets.Target(
     name="empty",
@@ -50,6 +57,60 @@ def test_elpv_reads_as_the_package_does(elpv):
 def test_an_unknown_target_is_told_the_known():
     with pytest.raises(ValueError, match="must be one of 'elpv', 'folder:PATH', 'tfds"):
         targets.load_target("imagenet")
+
+
+def test_without_a_home_the_folder_for_data_has_to_be_given(monkeypatch, tmp_path):
+    def unknown(name):
+        raise KeyError(name)
+
+    for name in ("HOME", "DTNH_DATA_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.raises(ValueError, match=r"no home folder .* `--data-dir`, or set D"):
+        targets.load_target("elpv")
+    with pytest.raises(ValueError, match=r"`~/data` begins with a home .* not known"):
+        targets.load_target("elpv", data_dir="~/data")
+    pictures.folders(tmp_path, ["a", "b"], 2)
+    assert len(targets.load_target(f"folder:{tmp_path}").labels) == 4
+    directories.keep_compiled(Config())  # nothing is kept
+    for options in ({"run_dir": "~/run"}, {"data_dir": "~/data"}):
+        places = {key: pathlib.Path(path) for key, path in options.items()}
+        with pytest.raises(ValueError, match="begins with a home folder"):
+            check(Config(**places))
+
+
+@pytest.mark.parametrize("name", ["caf\udce9", "two\nlines"])
+def test_results_need_a_folder_of_a_name_that_all_can_write(name):
+    with pytest.raises(ValueError, match=r"`--run-dir` must be .* UTF-8, got /.*\\"):
+        check(Config(run_dir=pathlib.Path(name)))
+    with pytest.raises(ValueError, match=r"`--data-dir` must be .* UTF-8, got /.*\\"):
+        check(Config(data_dir=pathlib.Path(name)))
+
+
+def test_a_damaged_elpv_is_named(tmp_path):
+    targets.load_target("elpv", data_dir=tmp_path)
+    (tmp_path / "elpv" / "certain" / "1.0.0" / "dataset_info.json").write_text("")
+    with pytest.raises(ValueError, match=r"The target 'elpv' can not be .*/elpv is d"):
+        targets.load_target("elpv", data_dir=tmp_path)
+
+
+def test_a_damaged_picture_of_elpv_is_named():
+    with pytest.raises(UnreadableError, match="picture 7 of elpv can not be read: "):
+        targets._decode(7, {"image": b"no", "label": 0})
+
+
+def test_what_is_compiled_is_marked_as_a_cache(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    before = jax.config.jax_compilation_cache_dir
+    directories.keep_compiled(Config(data_dir=tmp_path / "photos" / "data"))
+    jax.config.update("jax_compilation_cache_dir", before)
+    tag = tmp_path / "photos" / "data" / "compiled" / "CACHEDIR.TAG"
+    assert tag.read_text().startswith("Signature: 8a477f597d28d172789f06886806bc55")
+    (tmp_path / "file").write_text("")
+    directories.keep_compiled(Config(data_dir=tmp_path / "file"))  # nothing is kept
+    assert jax.config.jax_compilation_cache_dir == before
+    pictures.folders(tmp_path / "photos", ["a", "b"], 2)
+    assert load_folder(tmp_path / "photos").class_names == ("a", "b")
 
 
 def test_where_data_is_prepared(monkeypatch, tmp_path):

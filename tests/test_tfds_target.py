@@ -115,6 +115,45 @@ def test_without_labels_the_test_split_is_none(tmp_path, monkeypatch):
     assert "the validation split is the test set" in target.notes[0]
 
 
+class Files(Blocks, skip_registration=True):
+    """Pictures as files, which TFDS does not look into."""
+
+    def _generate_examples(self, split):
+        for key, example in super()._generate_examples(split):
+            file = io.BytesIO()
+            Image.fromarray(example["picture"]).save(file, "jpeg")
+            end = 150 if key in (2, 101) else None  # in the middle of the tables
+            yield key, {**example, "picture": io.BytesIO(file.getvalue()[:end])}
+
+
+def test_pictures_that_can_not_be_read_are_left_out_and_named(tmp_path, monkeypatch):
+    with known_as("files", Files, monkeypatch):
+        target = load_target("tfds:files", data_dir=tmp_path)
+    assert target.labels.tolist() == [0] * 5 + [1] * 3
+    (note,) = target.notes
+    assert note == ("2 pictures can not be read and are left out: train[2], train[7].")
+    means = [target.examples[i]["image"].mean() for i in range(8)]
+    np.testing.assert_allclose(means, [0, 1, 3, 4, 5, 100, 102, 103], atol=1)
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json", "*record*"])
+def test_a_set_that_is_damaged_on_disk_is_refused(tmp_path, monkeypatch, name):
+    prepare(tmp_path, monkeypatch)
+    (path,) = (tmp_path / "blocks" / "1.0.0").glob(name)
+    for content in (b"", path.read_bytes()[:65536][:-9]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"tfds:blocks.* can not be") as caught:
+            load_target("tfds:blocks:1.0.0", data_dir=tmp_path)
+        assert len(str(caught.value)) < 600
+
+
+def test_other_pictures_of_the_same_name_have_another_digest(tmp_path, monkeypatch):
+    first = prepare(tmp_path / "a", monkeypatch)
+    again = prepare(tmp_path / "b", monkeypatch)
+    fewer = prepare(tmp_path / "c", monkeypatch, counts=({"train": 6}, {"train": 3}))
+    assert first.digest == again.digest != fewer.digest
+
+
 def test_what_is_no_classification_of_images_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"got picture \(Image\), kind \(Scalar\)"):
         prepare(tmp_path, monkeypatch, label=tfds.features.Scalar(np.int64))

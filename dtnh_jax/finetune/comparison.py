@@ -8,6 +8,7 @@ from rich.console import Console
 
 from dtnh_jax.finetune import directories, shell
 from dtnh_jax.finetune.config import Config
+from dtnh_jax.finetune.data.target import contents
 from dtnh_jax.finetune.reports import report, results
 from dtnh_jax.finetune.runs import experiment, preparation, processes
 from dtnh_jax.finetune.runs.folder import Folder, check_folder, open_folder
@@ -22,10 +23,10 @@ def compare(config: Config) -> int:
         console.width = 120  # of a log, where nothing has to fit
     folder = Folder(config.folder)
     try:
-        prepared = _prepare(config)
+        prepared, notes = _prepare(config)
     except ValueError as error:
         return shell.refuse(str(error)) if processes.is_first() else shell.MISTAKE
-    for line in report.introduction(prepared, folder):
+    for line in (*report.introduction(prepared, folder), *notes):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     try:
         _work(prepared, folder, console)
@@ -36,13 +37,19 @@ def compare(config: Config) -> int:
     return 0
 
 
-def _prepare(config: Config) -> preparation.Experiment:
-    """Checks, reads and opens what a run needs."""
+def _prepare(config: Config) -> tuple[preparation.Experiment, list[str]]:
+    """Checks, reads and opens what a run needs; says which files were damaged."""
     processes.on_first(lambda: check_folder(config))
     directories.keep_compiled(config)
     prepared = preparation.prepare(config)
-    processes.on_first(lambda: open_folder(config, results.machine()) and None)
-    return prepared
+    data = contents(prepared.target)
+    if not processes.is_same(data["digest"]):
+        raise ValueError(
+            f"{prepared.target.name} must be the same pictures in every process, got "
+            "others in some."
+        )
+    notes = processes.on_first(lambda: open_folder(config, results.machine(), data))
+    return prepared, notes
 
 
 def _work(prepared: preparation.Experiment, folder: Folder, console: Console) -> None:

@@ -8,6 +8,7 @@ import pathlib
 import re
 from typing import Any, Literal
 
+from dtnh_jax.finetune.directories import expanded
 from dtnh_jax.finetune.methods import (
     ADDED,
     DEFAULT_METHODS,
@@ -189,7 +190,7 @@ class Config:
     def folder(self) -> pathlib.Path:
         """The run folder."""
         if self.run_dir is not None:
-            return self.run_dir.expanduser()
+            return expanded(self.run_dir)
         ours, plain = identity(self), identity(Config())
         if ours == plain:
             return pathlib.Path("runs", "default")

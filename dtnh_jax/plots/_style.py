@@ -12,6 +12,9 @@ DASHES = ("-", "--", "-.", ":")
 HATCHES = ("", "//", "..", "xx", "--", "\\\\", "oo")
 GREY = "#777777"
 
+# Of text with names that users gave, in which a `$` is a dollar and no mathematics.
+VERBATIM: Mapping[str, Any] = {"parse_math": False}
+
 # More names than this stand beside the axes and not below them.
 FEW = 8
 
@@ -26,12 +29,16 @@ def blank(width: float, height: float) -> "Figure":
 def legend(figure: "Figure", handles: Sequence[Any], names: Sequence[str]) -> None:
     """Names lines below the axes, or beside them where there are many."""
     if len(names) > FEW:
-        figure.legend(handles, names, loc="outside right lower", fontsize=8)
-        return
-    inches = 0.75 + 0.085 * max(map(len, names))  # of a line and its name
-    fit = max(int(figure.get_figwidth() / inches), 1)
-    columns = -(-len(names) // -(-len(names) // fit))  # rows of about one length
-    figure.legend(handles, names, loc="outside lower center", ncols=columns)
+        where: dict[str, Any] = {"loc": "outside right lower", "fontsize": 8}
+    else:
+        inches = 0.75 + 0.085 * max(map(len, names))  # of a line and its name
+        fit = max(int(figure.get_figwidth() / inches), 1)
+        columns = -(-len(names) // -(-len(names) // fit))  # rows of about one length
+        where = {"loc": "outside lower center", "ncols": columns}
+    # Named afterwards: a name that begins with `_` would be left out.
+    made = figure.legend(handles, ["name"] * len(names), **where)
+    for text, name in zip(made.get_texts(), names):
+        text.set(text=name, **VERBATIM)
 
 
 def points(difference: float) -> str:

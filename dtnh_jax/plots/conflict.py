@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
-from dtnh_jax.plots._style import COLOURS, blank
+from dtnh_jax.plots._style import COLOURS, VERBATIM, blank
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,7 +63,7 @@ def conflict_map(
         interpolation="nearest",
         extent=(0.5, values.shape[1] + 0.5, len(names) - 0.5, -0.5),
     )
-    axes.set_yticks(range(len(names)), list(names), fontsize=8)
+    axes.set_yticks(range(len(names)), list(names), fontsize=8, **VERBATIM)
     axes.set_xlabel("step")
     figure.colorbar(image, label="cosine\n(below 0: conflict)")
     if known.size:
@@ -74,5 +74,6 @@ def conflict_map(
             f"In conflict at {100 * np.mean(known < 0):.0f}% of the steps on average, "
             f"{names[most]} at {100 * shares[most]:.0f}%",
             fontsize=11,
+            **VERBATIM,
         )
     return figure

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dtnh_jax.plots._style import COLOURS, GREY, HATCHES, blank
+from dtnh_jax.plots._style import COLOURS, GREY, HATCHES, VERBATIM, blank
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,7 +57,7 @@ def benchmark_ratios(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     )
     for (axes,), group, members in zip(panels, groups, by_group):
         _draw_group(axes, members)
-        axes.set_title(group, fontsize=10, loc="left", fontweight="bold")
+        axes.set_title(group, fontsize=10, loc="left", fontweight="bold", **VERBATIM)
     from matplotlib.patches import Patch
 
     seen = [state for state in _STYLES if any(row["is_met"] is state for row in drawn)]
@@ -69,7 +69,7 @@ def benchmark_ratios(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     panels[-1][0].set_xlabel(
         "ratio: median and middle half of the rounds; black: target, at most"
     )
-    figure.suptitle(_finding(drawn), fontsize=11)
+    figure.suptitle(_finding(drawn), fontsize=11, **VERBATIM)
     return figure
 
 
@@ -98,7 +98,9 @@ def _draw_group(axes: Any, members: Sequence[Mapping[str, Any]]) -> None:
         axes.text(1.01, place, label, transform=beside, va="center", fontsize=8)
     axes.axvline(1, color=GREY, linewidth=0.8)
     labels = [f"{row['subject']}: {row['name']}\n/ {row['against']}" for row in members]
-    axes.set_yticks(range(len(members)), labels, fontsize=8, linespacing=0.95)
+    axes.set_yticks(
+        range(len(members)), labels, fontsize=8, linespacing=0.95, **VERBATIM
+    )
     axes.set_ylim(len(members) - 0.4, -0.6)
     ends = [1.0, *(row[key] for row in members for key in ("ratio_low", "ratio_high"))]
     ends += [row["target"] for row in members if row["target"] is not None]

@@ -10,6 +10,7 @@ from dtnh_jax.plots._style import (
     DASHES,
     FEW,
     GREY,
+    VERBATIM,
     blank,
     legend,
     points,
@@ -60,6 +61,7 @@ def strength_sweep(panels: Mapping[str, Mapping[str, _Points]]) -> "Figure":
     for axes in grid.ravel()[: len(panels)][-columns:]:  # the lowest of each column
         axes.set_xlabel("strength / usual strength")
         axes.tick_params(labelbottom=True)
+    lines = {}
     for axes, (title, by_rule) in zip(grid.ravel(), panels.items()):
         axes.axhline(0, color=GREY, linewidth=0.8)
         for name, found in by_rule.items():
@@ -76,7 +78,8 @@ def strength_sweep(panels: Mapping[str, Mapping[str, _Points]]) -> "Figure":
                 "color": COLOURS[number % len(COLOURS)],
                 "linestyle": DASHES[number % len(DASHES)],
             }
-            axes.plot(strengths, 100 * means, **style, marker=".", label=name)
+            (line,) = axes.plot(strengths, 100 * means, **style, marker=".", label=name)
+            lines.setdefault(name, line)
             axes.fill_between(
                 strengths,
                 100 * lows,
@@ -85,19 +88,15 @@ def strength_sweep(panels: Mapping[str, Mapping[str, _Points]]) -> "Figure":
                 alpha=0.12,
                 linewidth=0,
             )
-        axes.set_title(title, fontsize=9)
+        axes.set_title(title, fontsize=9, **VERBATIM)
         axes.set_xscale("log")
         axes.set_yscale("symlog", linthresh=5)
         axes.set_yticks([-50, -20, -5, 0, 5, 20], ["-50", "-20", "-5", "0", "5", "20"])
         axes.set_yticks([], minor=True)
         axes.grid(alpha=0.3)
-    lines = {}
-    for axes in grid.ravel()[: len(panels)]:
-        handles, labels = axes.get_legend_handles_labels()
-        lines |= dict(zip(labels, handles))
     legend(figure, [lines[name] for name in names], names)
     figure.supylabel("accuracy gained (percentage points)", fontsize=10)
-    figure.suptitle(_lowest(panels, names), fontsize=11)
+    figure.suptitle(_lowest(panels, names), fontsize=11, **VERBATIM)
     return figure
 
 

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dtnh_jax.plots._style import COLOURS, DASHES, FEW, GREY, blank, legend, span
+from dtnh_jax.plots._style import (
+    COLOURS,
+    DASHES,
+    FEW,
+    GREY,
+    VERBATIM,
+    blank,
+    legend,
+    span,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,7 +69,7 @@ def accuracy_by_method(
         axes.plot(
             [percent.mean()], [row], "D" if "+" in method else "s", color=colour, ms=8
         )
-    axes.set_yticks(range(len(accuracies)), list(accuracies))
+    axes.set_yticks(range(len(accuracies)), list(accuracies), **VERBATIM)
     axes.invert_yaxis()
     drawn = ["mean", *["95% interval"] * bool(ends), "every seed"]
     shown = f": {', '.join(drawn[:-1])} and {drawn[-1]}" if several else " of one seed"
@@ -71,7 +80,7 @@ def accuracy_by_method(
     title = f"Highest {'mean' if several else 'accuracy'}: {best}, {means[best]:.1f}%"
     if best in ends:
         title += " [{:.1f}, {:.1f}]".format(*ends[best])
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, **VERBATIM)
     return figure
 
 
@@ -106,7 +115,7 @@ def conflict_over_steps(metrics: Sequence[Mapping[str, Any]]) -> "Figure":
         7.0 + 2.2 * is_crowded, max(4.9, (0.8 + 0.2 * len(methods)) * is_crowded)
     )
     above, below = figure.subplots(2, 1, sharex=True)
-    shares = {}
+    shares, handles = {}, {}
     for number, method in enumerate(methods):
         ours = [line for line in lines if line["method"] == method]
         steps = sorted({line["step"] for line in ours})
@@ -122,18 +131,22 @@ def conflict_over_steps(metrics: Sequence[Mapping[str, Any]]) -> "Figure":
                     by_step[line["step"]].append(factor * line[key])
             parts = np.array_split(steps, min(10, len(steps)))
             values = [_mean([x for s in part for x in by_step[s]]) for part in parts]
-            axes.plot([part.mean() for part in parts], values, **style, marker=".")
+            (drawn,) = axes.plot(
+                [part.mean() for part in parts], values, **style, marker="."
+            )
+            handles[method] = drawn
         shares[method] = _mean([x for found in by_step.values() for x in found])
     above.axhline(0, color=GREY, linewidth=0.8)
     above.set_ylabel("cosine of loss and\nregularizer gradients")
     below.set_ylabel("share in conflict (%)")
     below.set_ylim(-3, 103)
     below.set_xlabel("training step (means over seeds and a tenth of the steps)")
-    legend(figure, *above.get_legend_handles_labels())
+    legend(figure, list(handles.values()), methods)
     known = {method: share for method, share in shares.items() if np.isfinite(share)}
     if known:
         shown = span(known, "{:.0f}%".format)
-        figure.suptitle(f"In conflict on average: {shown}", fontsize=11)
+        title = f"In conflict on average: {shown}"
+        figure.suptitle(title, fontsize=11, **VERBATIM)
     return figure
 
 
@@ -191,12 +204,13 @@ def prediction_grid(
     )
     columns = max(min(columns, len(images), int(9.2 / width)), 1)
     rows = -(-len(images) // columns)
+    fit = int(width / 0.075)  # letters of a class
     heading = _most_right(labels, predictions)
     heading = textwrap.fill(heading, max(int(columns * width * 12), 12))
     top = 0.1 + 0.2 * len(heading.splitlines())
     whole = rows * height + top
     figure = Figure(figsize=(columns * width, whole), dpi=150)
-    figure.suptitle(heading, fontsize=11, y=1 - 0.05 / whole, va="top")
+    figure.suptitle(heading, fontsize=11, y=1 - 0.05 / whole, va="top", **VERBATIM)
     for i in range(len(images)):
         row, column = divmod(i, columns)
         left = (column + 0.5 * (width - side) / width) / columns
@@ -204,7 +218,10 @@ def prediction_grid(
         axes = figure.add_axes((left, bottom, side / width / columns, side / whole))
         axes.axis("off")
         axes.imshow(images[i])
-        axes.set_title(class_names[labels[i]], fontsize=8, fontweight="bold", pad=3)
+        name = class_names[labels[i]]
+        name = name if len(name) <= fit else name[: fit - 1] + "\u2026"
+        style = {"fontsize": 8, "fontweight": "bold", **VERBATIM}
+        axes.set_title(name, pad=3, **style)
         for number, (method, classes) in enumerate(predictions.items()):
             is_right = classes[i] == labels[i]
             axes.text(
@@ -216,6 +233,7 @@ def prediction_grid(
                 ha="center",
                 va="top",
                 transform=axes.transAxes,
+                **VERBATIM,
             )
     return figure
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
@@ -10,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from dtnh_jax import _files
 from dtnh_jax.teacher_cache._hashes import DIGEST_BYTES
 
 try:
@@ -75,9 +75,7 @@ def create(
 
 def write_meta(folder: pathlib.Path, meta: dict[str, Any]) -> None:
     """Writes meta.json so that readers see the old file or the new one, whole."""
-    partial = folder / "meta.json.partial"
-    partial.write_text(json.dumps(meta, indent=1) + "\n")
-    os.replace(partial, folder / "meta.json")
+    _files.replace(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
 
 
 @contextlib.contextmanager

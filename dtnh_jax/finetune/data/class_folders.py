@@ -1,16 +1,21 @@
 """Photographs of one's own: a folder for each class, `--target folder:PATH`."""
 
-import concurrent.futures
+import collections
 import os
 import pathlib
+import unicodedata
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
-from dtnh_jax.finetune.data.pictures import is_readable, read_picture
+from dtnh_jax.finetune.data import folder_tree
+from dtnh_jax.finetune.data.pictures import UnreadableError, read_picture
+from dtnh_jax.finetune.data.survey import left_out, survey
 from dtnh_jax.finetune.data.target import Target, published_splits
+from dtnh_jax.finetune.directories import expanded
+from dtnh_jax.finetune.wording import printable
 
 _SPLITS = {
     "train": "train",
@@ -21,12 +26,6 @@ _SPLITS = {
     "test": "test",
     "testing": "test",
 }
-# Those of phones, .heic, are no format of PIL, and said to be unreadable.
-_SUFFIXES = {
-    *(".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jpeg", ".jpg"),
-    *(".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
-}
-_NAMED = 3  # files in a note
 
 
 class _Found(NamedTuple):
@@ -37,16 +36,21 @@ class _Found(NamedTuple):
     path: pathlib.Path
 
 
-def load_folder(path: str | os.PathLike[str]) -> Target:
+def load_folder(
+    path: str | os.PathLike[str], outputs: Sequence[pathlib.Path] = ()
+) -> Target:
     """Opens a folder of pictures, in either of two layouts.
 
     A folder for each class, with pictures of any size in it or in folders within it; or
-    folders `train` and `test`, `val` or both, each with a folder for every class. Every
-    picture is decoded once, to find those that are damaged: they are left out, as are
-    files that are no pictures by their suffix, and `Target.notes` says how many.
+    folders `train` and `test`, `val` or both, each with a folder for every class. Links
+    are followed. Every picture is decoded once, to find those that are damaged: they
+    are left out, as are files that are no pictures by their suffix, links to nothing
+    and folders that this command wrote; `Target.notes` says how many of each. Hidden
+    files and folders, whose names begin with a dot, are passed over.
 
     Args:
       path: of the folder; `~` is the user's home.
+      outputs: folders that results and the like are written to, which are no classes.
 
     Returns:
       The target. Classes are in the order of their names, pictures in that of theirs.
@@ -55,14 +59,19 @@ def load_folder(path: str | os.PathLike[str]) -> Target:
       ValueError: the folder has neither layout, has fewer than two classes, or a class
         has no picture, in one of the splits too.
     """
-    root = pathlib.Path(path).expanduser()
+    root = expanded(path)
     if not root.is_dir():
         raise ValueError(f"`folder:{path}` must name a folder, and there is none.")
-    found, strangers = _find(root)
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        readable = list(pool.map(is_readable, [picture.path for picture in found]))
-    good = [picture for picture, is_good in zip(found, readable) if is_good]
-    broken = [picture.path for picture, is_good in zip(found, readable) if not is_good]
+    tree = folder_tree.Tree(root, tuple(outputs), {})
+    try:
+        found = _find(tree)
+    except OSError as error:
+        raise ValueError(
+            f"{error.filename} {folder_tree.SHUT}: {error.strerror}."
+        ) from error
+    paths = [str(picture.path.relative_to(root)) for picture in found]
+    seen = survey([picture.path for picture in found], paths)
+    good = [found[i] for i in seen.good]
     names = _class_names(root, found, good)
     labels = np.array([names.index(picture.class_name) for picture in good])
     splits, notes = published_splits(
@@ -73,27 +82,40 @@ def load_folder(path: str | os.PathLike[str]) -> Target:
     )
 
     def read(index: int) -> dict[str, Any]:
-        picture = read_picture(good[index].path)
+        file = good[index].path
+        try:
+            picture = read_picture(file, seen.white)
+        except Exception as error:
+            raise UnreadableError(
+                f"{file} can not be read any more: {error}"
+            ) from error
         return {"image": picture, "label": int(labels[index])}
 
+    others: dict[bool, dict[str, list[str]]] = {False: {}, True: {}}
+    for why, left in tree.left.items():
+        of_kind = others[why in folder_tree.OF_FOLDERS]
+        of_kind[why] = [str(path.relative_to(root)) for path in left]
     return Target(
-        name=f"folder:{path}",
+        name=f"folder:{printable(os.fspath(path))}",
         licence="pictures of your own: what you may do with them, you know",
         class_names=names,
         examples=grain.MapDataset.range(len(good)).map(read),
         labels=labels,
         splits=splits,
         notes=(
-            *_left_out(root, broken, "can not be read"),
-            *_left_out(root, strangers, "are no pictures"),
+            *seen.notes,
+            *left_out(others[False], "files"),
+            *left_out(others[True], "folders"),
             *notes,
         ),
+        digest=seen.digest,
+        white=seen.white,
     )
 
 
-def _find(root: pathlib.Path) -> tuple[list[_Found], list[pathlib.Path]]:
-    """Returns pictures with split and class, and other files."""
-    folders = _folders(root)
+def _find(tree: folder_tree.Tree) -> list[_Found]:
+    """Returns pictures with split and class."""
+    root, folders = tree.root, _folders(tree, tree.root)
     is_split = [folder.name.lower() in _SPLITS for folder in folders]
     has_train = any(_SPLITS.get(folder.name.lower()) == "train" for folder in folders)
     if folders and all(is_split) and not has_train:
@@ -102,7 +124,7 @@ def _find(root: pathlib.Path) -> tuple[list[_Found], list[pathlib.Path]]:
             "`train`."
         )
     if not has_train:
-        return _find_classes(root, "train")
+        return _find_classes(tree, root, folders, "train")
     if not all(is_split):
         others = [folder.name for folder, known in zip(folders, is_split) if not known]
         raise ValueError(
@@ -110,8 +132,7 @@ def _find(root: pathlib.Path) -> tuple[list[_Found], list[pathlib.Path]]:
             f"{_list(others)}. Either all its folders are classes, or they are "
             "`train`, `val` and `test`."
         )
-    _refuse_pictures(root)
-    found, strangers, seen = [], [], {}
+    found, seen = [], {}
     for folder in folders:
         split = _SPLITS[folder.name.lower()]
         if split in seen:
@@ -119,32 +140,41 @@ def _find(root: pathlib.Path) -> tuple[list[_Found], list[pathlib.Path]]:
                 f"{root} has two folders for {split}: {seen[split]}, {folder.name}."
             )
         seen[split] = folder.name
-        pictures, others = _find_classes(folder, split)
-        found += pictures
-        strangers += others
-    return found, strangers
+        found += _find_classes(tree, folder, _folders(tree, folder), split)
+    return found
 
 
 def _find_classes(
-    folder: pathlib.Path, split: str
-) -> tuple[list[_Found], list[pathlib.Path]]:
+    tree: folder_tree.Tree,
+    folder: pathlib.Path,
+    classes: Sequence[pathlib.Path],
+    split: str,
+) -> list[_Found]:
     """Returns what the folders of classes hold, at any depth."""
-    _refuse_pictures(folder)
-    classes = _folders(folder)
     if len(classes) < 2:
         raise ValueError(
             f"{folder} must have a folder for each of at least 2 classes, got "
             f"{_list(name.name for name in classes) or 'none'}."
         )
-    found, strangers = [], []
+    found = []
     for class_folder in classes:
-        files = _files(class_folder)
-        pictures = [file for file in files if file.suffix.lower() in _SUFFIXES]
+        # As a Mac and others write the same name in two ways.
+        name = printable(unicodedata.normalize("NFC", class_folder.name))
+        pictures, others = [], collections.Counter()
+        seen = folder_tree.above(tree, class_folder)
+        for path, why in folder_tree.walk(tree, class_folder, seen):
+            if why:
+                tree.leave(why, path)
+                others[why] += 1
+            else:
+                pictures.append(_Found(split, name, path))
         if not pictures:
-            raise ValueError(f"Class {class_folder} is empty: it holds no picture.")
-        found += [_Found(split, class_folder.name, file) for file in pictures]
-        strangers += [file for file in files if file.suffix.lower() not in _SUFFIXES]
-    return found, strangers
+            but = "".join(f", but {n} that {why}" for why, n in others.items())
+            raise ValueError(
+                f"Class {class_folder} is empty: it holds no picture{but}."
+            )
+        found += sorted(pictures)
+    return found
 
 
 def _class_names(
@@ -167,45 +197,30 @@ def _class_names(
     return tuple(names)
 
 
-def _refuse_pictures(folder: pathlib.Path) -> None:
-    """Raises if pictures are where folders should be."""
-    loose = [
-        entry.name
-        for entry in sorted(folder.iterdir())
-        if entry.suffix.lower() in _SUFFIXES and entry.is_file()
-    ]
+def _folders(tree: folder_tree.Tree, folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns folders of classes or splits, beside which there must be no pictures."""
+    folders, loose, above = [], [], folder_tree.above(tree, folder)
+    for path in folder_tree.listed(folder):
+        why = folder_tree.what_is_wrong(tree, path)
+        if os.path.isdir(path) and not why:
+            if folder_tree.key_of(path) in above:
+                tree.leave(folder_tree.AGAIN, path)
+            elif folder_tree.is_ours_alone(tree, path):
+                tree.leave(folder_tree.OURS, path)
+            else:
+                folders.append(path)
+        elif why:
+            tree.leave(why, path)
+        else:
+            loose.append(path.name)
     if loose:
-        beside = "beside its folders" if _folders(folder) else "and no folders"
+        beside = "beside its folders" if folders else "and no folders"
         raise ValueError(
             f"{folder} has pictures {beside}, such as {loose[0]}: which class are they "
             "of? Put each into the folder of its class."
         )
-
-
-def _folders(folder: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(x for x in folder.iterdir() if x.is_dir() and x.name[0] != ".")
-
-
-def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Returns files at any depth, without those that are hidden."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file()
-        and not any(part[0] == "." for part in path.relative_to(folder).parts)
-    )
-
-
-def _left_out(
-    root: pathlib.Path, paths: Sequence[pathlib.Path], why: str
-) -> tuple[str, ...]:
-    """Returns one sentence about files, or none if there are none."""
-    if not paths:
-        return ()
-    shown = [str(path.relative_to(root)) for path in paths[:_NAMED]]
-    more = f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
-    return (f"{len(paths)} files {why} and are left out: {_list(shown)}{more}.",)
+    return folders
 
 
 def _list(names: Any) -> str:
-    return ", ".join(names)
+    return ", ".join(printable(name) for name in names)

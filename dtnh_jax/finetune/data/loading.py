@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Int32, UInt8
 from PIL import Image
 
+from dtnh_jax.finetune.data.pictures import quiet
 from dtnh_jax.finetune.data.target import Splits, Target
 
 # Letters of shapes: n examples, b of them in a batch, h by w pixels of c channels.
@@ -156,8 +157,9 @@ def materialize(
     if len(indices):
         # Read by Grain's threads: PIL releases the interpreter lock where it works.
         reader = grain.MapDataset.source(indices.tolist()).map(resized)
-        for row, image in enumerate(reader.to_iter_dataset()):
-            images[row] = image
+        with quiet():
+            for row, image in enumerate(reader.to_iter_dataset()):
+                images[row] = image
     return Examples(images, target.labels[indices].astype(np.int32))
 
 

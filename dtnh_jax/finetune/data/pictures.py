@@ -1,61 +1,199 @@
-"""One picture, of whatever mode and format, as an array of grey or RGB."""
+"""One picture, of whatever mode and format, as an array of grey or RGB.
 
+Formats of more than 8 bits do not say which number is white: floats may go from 0 to 1
+or to 255, and cameras fill 10 or 12 bits of 16. So `look` says how high the numbers of
+a picture go, and whoever reads a set of pictures has one white for all of them.
+"""
+
+import contextlib
+import hashlib
 import io
+import logging
 import os
+import pathlib
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 
-_GREY_16_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+# By mode, what the numbers of more than 8 bits are.
+_DEEP = {"F": "floats"} | dict.fromkeys(
+    ("I", "I;16", "I;16L", "I;16B", "I;16N"), "integers"
+)
+_WHITES = (1.0, 255.0, 1023.0, 4095.0, 16383.0, 65535.0)
+_DARK = 16  # what white of 12 bits becomes where it is read as 16
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+UNREADABLE = "can not be read"
+
+
+class UnreadableError(OSError):
+    """A picture can not be read any more."""
+
+
+class ModeError(ValueError):
+    """A picture is whole, but its numbers are no brightness; says so of several."""
+
+
+class Look(NamedTuple):
+    """What a look at a picture finds."""
+
+    digest: str = ""  # of the whole file
+    problem: str = ""  # what is wrong with it and its like, such as `UNREADABLE`
+    kind: str = ""  # "floats" or "integers", where they have more than 8 bits
+    highest: float = 0.0  # of those
 
 
 def read_picture(
     file: str | os.PathLike[str] | io.BytesIO | io.BufferedReader,
+    white: Mapping[str, float] | None = None,
 ) -> UInt8[np.ndarray, "h w c"]:
     """Decodes a picture.
 
     Args:
       file: a path, or an open file.
+      white: by kind of numbers, as `white_of` says for a set of pictures. Without it,
+        the picture is a set of its own.
 
     Returns:
       One channel if the picture is grey, else three. Palettes, CMYK and the like become
       RGB; what is transparent becomes white, because the colours under it may be any.
-      16-bit grey is cut to its upper 8 bits. Cameras store how they were held: the
-      picture is turned upright. Of an animation it is the first frame.
+      Numbers of more than 8 bits are scaled. Cameras store how they were held: the
+      picture is turned upright, if what they stored can be read. Of an animation it is
+      the first frame.
 
     Raises:
       Exception: the picture is damaged; which one, depends on the format.
     """
-    with Image.open(file) as opened:
-        image = _grey_or_rgb(ImageOps.exif_transpose(opened))
-    pixels = np.asarray(image)
-    return pixels[..., None] if pixels.ndim == 2 else pixels
+    with Image.open(file) as image:
+        return _pixels(image, white)
 
 
-def is_readable(path: str | os.PathLike[str]) -> bool:
-    """Whether a picture can be decoded to its end.
+def look(file: str | os.PathLike[str] | bytes) -> Look:
+    """Reads a picture to its end, as `read_picture` does, to know if it can.
 
     JPEGs are decoded at an eighth of their size, which reads all of the file and is
     several times quicker.
+
+    Args:
+      file: a path, or the content of a file.
     """
+    digest = ""
     try:
-        with Image.open(path) as image:
+        content = file if isinstance(file, bytes) else pathlib.Path(file).read_bytes()
+        digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+        with Image.open(io.BytesIO(content)) as image:
             image.draft(None, (1, 1))
-            image.load()
+            pixels = _pixels(image)
+            if not pixels.size:
+                return Look(digest, UNREADABLE)
+            if kind := _DEEP.get(image.mode, ""):
+                return Look(digest, "", kind, float(np.asarray(image).max()))
+    except Image.DecompressionBombError:
+        return Look(digest, "are too large to be read")
+    except ModeError as error:
+        return Look(digest, str(error))
     except Exception:  # readers of damaged files raise whatever they stumble over
-        return False
-    return True
+        return Look(digest, UNREADABLE)
+    return Look(digest)
 
 
-def _grey_or_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in _GREY_16_BIT:
-        # PIL would clip them at 255, which leaves white.
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+def is_readable(path: str | os.PathLike[str]) -> bool:
+    """Whether a picture can be decoded to its end."""
+    return not look(path).problem
+
+
+def white_of(looks: Iterable[Look]) -> dict[str, float]:
+    """What is white in a set of pictures: the first full scale that none exceeds.
+
+    Example:
+      >>> white_of([Look(kind="integers", highest=900), Look(kind="floats")])
+      {'integers': 1023.0, 'floats': 1.0}
+    """
+    highest: dict[str, float] = {}
+    for each in looks:
+        if each.kind:
+            highest[each.kind] = max(highest.get(each.kind, 0.0), each.highest)
+    return {
+        kind: next(white for white in _WHITES if white >= top)
+        for kind, top in highest.items()
+    }
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silences what PIL warns of, without the name of the file: see `look` instead."""
+    logger = logging.getLogger("PIL")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _pixels(
+    image: Image.Image, white: Mapping[str, float] | None = None
+) -> UInt8[np.ndarray, "h w c"]:
+    is_deep = ";16" in str(getattr(image, "tile", ""))  # known until it is loaded
+    image.load()
+    pixels = np.asarray(_grey_or_rgb(_upright(image), white))
+    if is_deep and image.mode not in _DEEP and pixels.max(initial=0) < _DARK:
+        # PIL reads the upper 8 bits alone, and the others would be needed.
+        raise ModeError(
+            f"are of mode {image.mode} with 16 bits, of which the upper 8 are all but "
+            "black,"
+        )
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    # Not by PIL's `exif_transpose`: it reads, and writes anew, all else that the camera
+    # stored, and fails where a number of no consequence is damaged.
+    try:
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # whatever a reader of damaged data raises
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+def _grey_or_rgb(image: Image.Image, white: Mapping[str, float] | None) -> Image.Image:
+    if image.mode in _DEEP:
+        return Image.fromarray(_scaled(image, white))
     if image.mode == "1":
         return image.convert("L")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
+        ground = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(ground, image).convert("RGB")
     return image if image.mode == "L" else image.convert("RGB")
+
+
+def _scaled(
+    image: Image.Image, white: Mapping[str, float] | None
+) -> UInt8[np.ndarray, "h w"]:
+    """Returns numbers of more than 8 bits as numbers of 8 bits."""
+    numbers: Any = np.asarray(image)
+    kind, low, high = _DEEP[image.mode], numbers.min(), numbers.max()
+    if not (low >= 0 and high <= _WHITES[-1]):
+        raise ModeError(
+            f"are of mode {image.mode} and have numbers that are not from 0 to "
+            f"{_WHITES[-1]:g},"
+        )
+    if white is None or kind not in white:
+        white = white_of([Look(kind=kind, highest=float(high))])
+    scaled = np.round(numbers.astype(np.float64) * (255 / white[kind]))
+    return np.clip(scaled, 0, 255).astype(np.uint8)

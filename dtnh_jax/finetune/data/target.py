@@ -1,7 +1,10 @@
 """What a task of classification is, wherever its pictures come from."""
 
 import dataclasses
-from typing import NamedTuple
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -32,6 +35,8 @@ class Target:
       splits: of its publishers, if they define a test set; that of validation may be
         empty, and examples may be in none of the three.
       notes: sentences to print once, such as which pictures were left out.
+      digest: of the pictures, where those of a name may be other ones another time.
+      white: in pictures of more than 8 bits, see `pictures.white_of`.
     """
 
     name: str
@@ -41,6 +46,32 @@ class Target:
     labels: Int[np.ndarray, " n"]
     splits: Splits | None = None
     notes: tuple[str, ...] = ()
+    digest: str = ""
+    white: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+def contents(target: Target) -> dict[str, Any]:
+    """What tells a target's pictures from those of another, ready for JSON.
+
+    Returns:
+      A `digest` of all that decides which pictures are in which set, and for a sentence
+      on what differs how many `pictures` each class has.
+
+    Example:
+      >>> import grain
+      >>> photographs = Target(
+      ...     "cups", "mine", ("mug", "glass"), grain.MapDataset.range(3),
+      ...     np.array([0, 1, 1]))
+      >>> contents(photographs)["pictures"]
+      {'mug': 1, 'glass': 2}
+    """
+    sets = [] if target.splits is None else [x.tolist() for x in target.splits]
+    named = [target.class_names, target.labels.tolist(), sets, target.digest]
+    counts = np.bincount(target.labels, minlength=len(target.class_names))
+    return {
+        "digest": hashlib.sha256(json.dumps(named).encode()).hexdigest(),
+        "pictures": dict(zip(target.class_names, counts.tolist())),
+    }
 
 
 def published_splits(

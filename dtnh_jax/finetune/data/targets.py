@@ -1,24 +1,30 @@
 """What can be fine-tuned on: classification tasks that are read by index."""
 
+import contextlib
 import io
 import os
 import pathlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
 
+from dtnh_jax.finetune import directories
 from dtnh_jax.finetune.data import elpv
 from dtnh_jax.finetune.data.class_folders import load_folder
+from dtnh_jax.finetune.data.pictures import UnreadableError, read_picture
 from dtnh_jax.finetune.data.target import Target
 from dtnh_jax.finetune.data.tfds_target import load_tfds
-from dtnh_jax.finetune.directories import default_data_dir
 
 
-def load_target(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Target:
+def load_target(
+    name: str,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    outputs: Sequence[pathlib.Path] = (),
+) -> Target:
     """Opens a target, and prepares it on disk the first time.
 
     Args:
@@ -27,6 +33,8 @@ def load_target(name: str, *, data_dir: str | os.PathLike[str] | None = None) ->
       data_dir: directory of prepared data sets. By default the environment variable
         `DTNH_DATA_DIR`, and without it `dtnh_jax` in the user's cache directory
         (`XDG_CACHE_HOME`, or `~/.cache`).
+      outputs: folders that results are written to. In a folder of pictures they are no
+        classes, nor is `data_dir`.
 
     Returns:
       The target.
@@ -38,12 +46,23 @@ def load_target(name: str, *, data_dir: str | os.PathLike[str] | None = None) ->
     if not is_target(name):
         known = ", ".join(repr(known) for known in (*TARGETS, *FAMILIES))
         raise ValueError(f"`name` must be one of {known}, got {name!r}.")
-    directory = default_data_dir() if data_dir is None else pathlib.Path(data_dir)
-    directory = directory.expanduser()
     if name in TARGETS:
-        return TARGETS[name](directory)
+        return TARGETS[name](directories.data_dir(data_dir))
     family, member = _family(name)
-    return FAMILIES[family](member, directory)
+    return FAMILIES[family](member, _Places(data_dir, outputs))
+
+
+class _Places(NamedTuple):
+    """Where files are written."""
+
+    data_dir: str | os.PathLike[str] | None
+    outputs: Sequence[pathlib.Path]
+
+    def written(self) -> list[pathlib.Path]:
+        """All of them."""
+        with contextlib.suppress(ValueError):  # without a home nothing is kept
+            return [*self.outputs, directories.data_dir(self.data_dir)]
+        return [*self.outputs]
 
 
 def is_target(name: str) -> bool:
@@ -60,37 +79,51 @@ def _family(name: str) -> tuple[str, str]:
 
 def _load_elpv(data_dir: pathlib.Path) -> Target:
     """Returns ELPV: is this solar cell functional or defective?"""
-    builder = elpv.prepare(data_dir)
-    # TFDS wraps the method in a way that pyright reads as taking no arguments.
-    stored = builder.as_data_source(
-        split="train",  # pyright: ignore[reportCallIssue]
-        decoders={"image": tfds.decode.SkipDecoding()},
-    )
+    try:
+        builder = elpv.prepare(data_dir)
+        # TFDS wraps the method in a way that pyright reads as taking no arguments.
+        stored = builder.as_data_source(
+            split="train",  # pyright: ignore[reportCallIssue]
+            decoders={"image": tfds.decode.SkipDecoding()},
+        )
+        labels = np.array([int(example["label"]) for example in stored])
+    except elpv.TargetUnavailableError:
+        raise
+    except Exception as error:  # whatever TFDS and readers of damaged files raise
+        cause = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"The target 'elpv' can not be prepared in, or read from, {data_dir}: "
+            f"{cause:.300}. If {data_dir / 'elpv'} is damaged, delete it."
+        ) from error
     return Target(
         name="elpv",
         licence=elpv.LICENCE,
         class_names=elpv.CLASS_NAMES,
-        examples=grain.MapDataset.source(stored).map(_decode),
-        labels=np.array([example["label"] for example in stored]),
+        examples=grain.MapDataset.source(stored).map_with_index(_decode),
+        labels=labels,
     )
 
 
-def _decode(example: dict[str, Any]) -> dict[str, Any]:
+def _decode(index: int, example: dict[str, Any]) -> dict[str, Any]:
     """Returns an example of TFDS with its image decoded.
 
     TFDS would do it, with OpenCV where that is installed, and log that it should be
     where it is not. PIL gives everybody the same pixels.
     """
-    with Image.open(io.BytesIO(example["image"])) as image:
-        pixels = np.asarray(image if image.mode == "L" else image.convert("RGB"))
-    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    try:
+        pixels = read_picture(io.BytesIO(example["image"]))
+    except Exception as error:  # readers of damaged files raise whatever they like
+        damaged = f"picture {index} of elpv can not be read: {error}"
+        raise UnreadableError(damaged) from error
     return {"image": pixels, "label": example["label"]}
 
 
 # A new target is a function of the directory for prepared data, and a row here.
 TARGETS: dict[str, Callable[[pathlib.Path], Target]] = {"elpv": _load_elpv}
 # And these open whatever of a kind is named after the colon.
-FAMILIES: dict[str, Callable[[str, pathlib.Path], Target]] = {
-    "folder:PATH": lambda path, data_dir: load_folder(path),
-    "tfds:NAME": load_tfds,
+FAMILIES: dict[str, Callable[[str, _Places], Target]] = {
+    "folder:PATH": lambda path, places: load_folder(path, places.written()),
+    "tfds:NAME": lambda name, places: load_tfds(
+        name, directories.data_dir(places.data_dir)
+    ),
 }

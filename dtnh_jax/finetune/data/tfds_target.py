@@ -18,7 +18,8 @@ from PIL import Image
 from tensorflow_datasets.core.features import image_feature
 
 from dtnh_jax.finetune.data.elpv import TargetUnavailableError
-from dtnh_jax.finetune.data.pictures import read_picture
+from dtnh_jax.finetune.data.pictures import UnreadableError, read_picture
+from dtnh_jax.finetune.data.survey import survey
 from dtnh_jax.finetune.data.target import Target, published_splits
 
 _SPLITS = ("train", "validation", "test")
@@ -46,17 +47,33 @@ def load_tfds(name: str, data_dir: pathlib.Path) -> Target:
     if "train" not in builder.info.splits:
         known = ", ".join(builder.info.splits)
         raise ValueError(f"`tfds:{name}` must have a split train, got {known}.")
-    sources = {
-        split: _source(name, builder, split, image_key)
-        for split in _SPLITS
-        if split in builder.info.splits
-    }
-    rows = [  # of the examples with a label: split, index in it, label
-        (split, index, label)
-        for split, source in sources.items()
-        for index, label in enumerate(_labels(source, label_key))
-        if label >= 0
-    ]
+    if not np.issubdtype(_features(builder.info)[image_key].np_dtype, np.integer):
+        raise ValueError(
+            f"`tfds:{name}` must have pictures of whole numbers, got {image_key} of "
+            "floats, which TFDS keeps in another way."
+        )
+    try:
+        sources = {
+            split: _source(name, builder, split, image_key)
+            for split in _SPLITS
+            if split in builder.info.splits
+        }
+        labelled = [  # of the examples with a label: split, index in it, label
+            (split, index, label)
+            for split, source in sources.items()
+            for index, label in enumerate(_labels(source, label_key))
+            if label >= 0
+        ]
+        seen = survey(
+            (sources[split][index][image_key] for split, index, _ in labelled),
+            [f"{split}[{index}]" for split, index, _ in labelled],
+            what="pictures",
+        )
+    except TargetUnavailableError:
+        raise
+    except Exception as error:  # whatever readers of damaged records raise
+        raise _unreadable(name, builder.data_path, error) from error
+    rows = [labelled[i] for i in seen.good]
     splits, notes = published_splits(
         *(
             np.array([i for i, row in enumerate(rows) if row[0] == s], int)
@@ -66,8 +83,13 @@ def load_tfds(name: str, data_dir: pathlib.Path) -> Target:
 
     def read(index: int) -> dict[str, Any]:
         split, row, label = rows[index]
-        encoded = sources[split][row][image_key]
-        return {"image": read_picture(io.BytesIO(encoded)), "label": label}
+        try:
+            encoded = sources[split][row][image_key]
+            picture = read_picture(io.BytesIO(encoded), seen.white)
+        except Exception as error:
+            gone = f"{split}[{row}] of `tfds:{name}` can not be read any more: {error}"
+            raise UnreadableError(gone) from error
+        return {"image": picture, "label": label}
 
     info, features = builder.info, _features(builder.info)
     stated = info.redistribution_info.license.strip().split("\n")[0]
@@ -78,7 +100,9 @@ def load_tfds(name: str, data_dir: pathlib.Path) -> Target:
         examples=grain.MapDataset.range(len(rows)).map(read),
         labels=np.array([label for *_, label in rows], int),
         splits=splits,
-        notes=notes,
+        notes=(*seen.notes, *notes),
+        digest=seen.digest,
+        white=seen.white,
     )
 
 
@@ -90,8 +114,10 @@ def _builder(name: str, data_dir: pathlib.Path) -> tfds.core.DatasetBuilder:
             f"`tfds:{name}` is neither known to TFDS nor prepared in {data_dir}: see "
             "https://www.tensorflow.org/datasets/catalog"
         ) from error
-    except (ValueError, AssertionError) as error:  # of the config, of the version
-        raise ValueError(f"`tfds:{name}` can not be opened: {error}") from error
+    except ImportError:
+        raise  # the command says what to install
+    except Exception as error:  # of the config, of the version, of damaged files
+        raise ValueError(f"`tfds:{name}` can not be opened: {_cause(error)}") from error
 
 
 def _keys(name: str, info: tfds.core.DatasetInfo) -> tuple[str, str]:
@@ -126,9 +152,8 @@ def _prepared(
             with _encoding_by_pil():
                 builder.download_and_prepare()
         except Exception as error:  # network, disk, checksums, packages, licences
-            cause = " ".join(str(error).split()) or type(error).__name__
             raise TargetUnavailableError(
-                f"`tfds:{name}` can not be prepared in {data_dir}: {cause:.300}. "
+                f"`tfds:{name}` can not be prepared in {data_dir}: {_cause(error)}. "
                 "Where TFDS can prepare it, do so with `file_format='array_record'`, "
                 "and give that folder as `--data-dir`."
             ) from error
@@ -152,6 +177,17 @@ def _source(
             "read by index: give another `--data-dir`, or prepare it with "
             "`file_format='array_record'`."
         ) from error
+
+
+def _unreadable(name: str, path: Any, error: Exception) -> TargetUnavailableError:
+    return TargetUnavailableError(
+        f"`tfds:{name}` can not be read from {path}: {_cause(error)}. Without that "
+        "folder, it is prepared anew."
+    )
+
+
+def _cause(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
 def _labels(source: Sequence[dict[str, Any]], label_key: str) -> Iterator[int]:

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import tyro
 
-from dtnh_jax.finetune import shell
+from dtnh_jax.finetune import files, shell
+from dtnh_jax.finetune.wording import markdown
 
 _WEIGHTS, _CARD = "model.safetensors", "README.md"
 
@@ -76,9 +77,18 @@ def export(options: Options) -> pathlib.Path:
         trained.write_tensors(output / _WEIGHTS, tensors, found.facts)
     else:
         trained.write(output / _WEIGHTS, found.variables, found.facts)
-    card = model_card(json.loads(results.read_text()), method, options.seed)
-    (output / _CARD).write_text(card)
+    card = model_card(_results(results), method, options.seed)
+    files.write(output / _CARD, card)
     return output
+
+
+def _results(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): the command of the run writes it anew."
+        ) from error
 
 
 def model_card(results: dict[str, Any], method: str, seed: int) -> str:
@@ -98,12 +108,14 @@ def model_card(results: dict[str, Any], method: str, seed: int) -> str:
         x for x in results["cells"] if (x["method"], x["seed"]) == (method, seed)
     )
     source, target = results["source"], results["target"]
+    names = {kind: markdown(results[kind]["name"]) for kind in ("source", "target")}
     tested = f"{config['test_per_class']} pictures of each class"
     lines = [
-        f"- **Task:** {target['name']}, {len(classes)} classes: {', '.join(classes)}",
+        f"- **Task:** {names['target']}, {len(classes)} classes: "
+        f"{', '.join(map(markdown, classes))}",
         f"- **Data:** {config['train_per_class']} pictures of each class for training, "
         f"{tested} for the test. Licence: {target['licence']}",
-        f"- **Pretrained network:** {source['name']}. Licence: {source['licence']}",
+        f"- **Pretrained network:** {names['source']}. Licence: {source['licence']}",
         f"- **Method:** {method}: {_sentence(known)}",
     ]
     if known.regularizer:
@@ -132,7 +144,7 @@ pipeline_tag: image-classification
 tags: [transfer-learning, dtnh]
 ---
 
-# {source["name"]}, fine-tuned on {target["name"]}
+# {names["source"]}, fine-tuned on {names["target"]}
 
 {chr(10).join(lines)}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import tyro
 
-from dtnh_jax.finetune import shell
+from dtnh_jax.finetune import files, shell
 from dtnh_jax.finetune.reports.html_parts import STYLE, figure, table, text
 
 _FIGURES = {
@@ -34,7 +34,7 @@ def run(argv: Sequence[str]) -> int:
     options = tyro.cli(Options, prog="dtnh report", args=list(argv))
     try:
         made = page([read_run(folder) for folder in options.runs])
-        options.output.write_text(made, encoding="utf-8")
+        files.write(options.output, made)
     except ValueError as error:
         return shell.refuse(str(error))
     except OSError as error:

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import tyro
 
 from dtnh_jax.finetune import shell
+from dtnh_jax.finetune.wording import printable
 
 _AT_ONCE = 64
 
@@ -33,26 +35,31 @@ def run(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit status."""
     options = tyro.cli(Options, prog="dtnh predict", args=list(argv))
     try:
-        found = predict(options)
+        found, notes = predict(options)
     except ValueError as error:
         return shell.refuse(str(error))
+    except OSError as error:  # a picture that could be read a moment ago
+        return shell.refuse(f"{error}.")
+    for note in notes:
+        print(f"dtnh: {note}", file=sys.stderr)
     if options.json:
         print(json.dumps(found, indent=1))
         return 0
     for line in found:
-        print(f"{line['file']}: {line['class']} {100 * line['probability']:.1f}%")
+        share = f"{100 * line['probability']:.1f}%"
+        print(f"{printable(line['file'])}: {line['class']} {share}")
     return 0
 
 
-def predict(options: Options) -> list[dict[str, Any]]:
+def predict(options: Options) -> tuple[list[dict[str, Any]], list[str]]:
     """Classifies pictures.
 
     Returns:
-      For each its `file`, the most likely `class`, its `probability`, and the
-      `probabilities` of all classes by name.
+      For each that can be read its `file`, the most likely `class`, its `probability`,
+      and the `probabilities` of all classes by name; and sentences on the others.
 
     Raises:
-      ValueError: a picture can not be read, or there are no such weights.
+      ValueError: no picture can be read, or there are no such weights.
     """
     # Here, so that `--help` is answered at once.
     import grain
@@ -60,26 +67,28 @@ def predict(options: Options) -> list[dict[str, Any]]:
     import numpy as np
 
     from dtnh_jax.finetune.data import loading
-    from dtnh_jax.finetune.data.pictures import is_readable, read_picture
+    from dtnh_jax.finetune.data.pictures import read_picture
+    from dtnh_jax.finetune.data.survey import survey
     from dtnh_jax.finetune.data.target import Target
     from dtnh_jax.finetune.runs import trained
 
-    files = options.pictures
-    if not files:
+    if not options.pictures:
         raise ValueError("`dtnh predict` needs pictures to classify, got none.")
-    if broken := [str(file) for file in files if not is_readable(file)]:
-        raise ValueError(f"Not a picture that can be read: {', '.join(broken)}.")
     path = options.run
     if not path.is_file():
         path, _ = trained.choose(options.run, options.method, options.seed)
     facts, source, variables = trained.load(path)
+    seen = survey(options.pictures, [str(x) for x in options.pictures], facts.white)
+    files = [options.pictures[i] for i in seen.good]
+    if not files:
+        raise ValueError(f"Not a picture that can be read: {' '.join(seen.notes)}")
     network = source.module(len(facts.class_names))
     pictures = Target(
         name="the pictures",
         licence="",
         class_names=tuple(facts.class_names),
         examples=grain.MapDataset.range(len(files)).map(
-            lambda index: {"image": read_picture(files[index])}
+            lambda index: {"image": read_picture(files[index], seen.white)}
         ),
         labels=np.zeros(len(files), int),
     )
@@ -106,4 +115,4 @@ def predict(options: Options) -> list[dict[str, Any]]:
                 "probabilities": dict(zip(facts.class_names, row)),
             }
         )
-    return found
+    return found, list(seen.notes)

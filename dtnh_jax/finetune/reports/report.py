@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from dtnh_jax import plots
+from dtnh_jax.finetune import files
 from dtnh_jax.finetune.data import loading
 from dtnh_jax.finetune.methods import METHODS
 from dtnh_jax.finetune.reports.results import plain
-from dtnh_jax.finetune.runs.folder import Folder, write_json
+from dtnh_jax.finetune.runs.folder import Folder
 from dtnh_jax.finetune.runs.preparation import Experiment
 from dtnh_jax.finetune.runs.statistics import estimate
+from dtnh_jax.finetune.wording import markdown
 
 _PHOTOGRAPHS = 12
 
@@ -56,9 +59,9 @@ def write(experiment: Experiment, folder: Folder, results: dict[str, Any]) -> No
         figures["conflict.png"] = plots.conflict_over_steps(lines)
     figures["predictions.png"] = _photographs(experiment, cells)
     for name, figure in figures.items():
-        figure.savefig(folder.path / name)
-    (folder.path / "report.md").write_text(_markdown(experiment, results, figures))
-    write_json(folder.path / "results.json", results)
+        files.write_figure(folder.path / name, figure)
+    files.write(folder.path / "report.md", _markdown(experiment, results, figures))
+    files.write_json(folder.path / "results.json", results)
 
 
 def _photographs(experiment: Experiment, cells: list[dict[str, Any]]) -> Any:
@@ -173,8 +176,13 @@ def _tuning_rows(
     return ["method", "strength", "accuracy", ""], body
 
 
-def notes(results: dict[str, Any]) -> list[str]:
-    """What the numbers of the table are, in full sentences."""
+def notes(results: dict[str, Any], shown: Callable[[str], str] = str) -> list[str]:
+    """What the numbers of the table are, in full sentences.
+
+    Args:
+      results: of `results.json`.
+      shown: how to write names that users gave.
+    """
     config = results["config"]
     seeds, classes = config["seeds"], len(results["class_names"])
     drawn = results.get("draws_training_set", True)  # older results do not say
@@ -196,7 +204,8 @@ def notes(results: dict[str, Any]) -> list[str]:
     ]
     for kind in ("source", "target"):
         sentences.append(
-            f"{kind.capitalize()} {results[kind]['name']}: {results[kind]['licence']}"
+            f"{kind.capitalize()} {shown(results[kind]['name'])}: "
+            f"{results[kind]['licence']}"
         )
     return sentences
 
@@ -228,9 +237,9 @@ def _markdown(
         "predictions.png": "Test photographs and what seed 0 took them for",
     }
     parts = [
-        f"# {experiment.source.name} on {experiment.target.name}",
+        f"# {markdown(experiment.source.name)} on {markdown(experiment.target.name)}",
         _markdown_table(*rows(results)),
-        *notes(results),
+        *notes(results, markdown),
         f"Measured on {machine['date']}, {machine['device']} with "
         f"{machine['cpu_count']} cores, {machine['platform']}, Python "
         f"{machine['python']}, jax {machine['jax']}; training and testing took "

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
@@ -245,6 +246,10 @@ def _train_cell(
                 if step == experiment.steps:
                     break
                 received = stop_at()
+                # No checkpoint outlasts its lines; the first step has one, too.
+                is_due = step % config.checkpoint_every == 0 or step == begin + 1
+                if file and (is_due or received is not None):
+                    os.fsync(file.fileno())
                 checkpoints.save(
                     manager, step, _arrays(state), force=received is not None
                 )

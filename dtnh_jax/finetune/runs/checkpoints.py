@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from dtnh_jax import _files
+
 _DIGESTS = "digests.json"
 
 
@@ -50,10 +52,10 @@ def save(
         if not manager.save(step, args=ocp.args.StandardSave(arrays), force=force):
             return
         if jax.process_index() == 0:
-            digests = {str(f.relative_to(path)): _digest(f) for f in _files(path)}
-            partial = path / f"{_DIGESTS}.partial"
-            partial.write_text(json.dumps(digests))
-            partial.replace(path / _DIGESTS)
+            digests = {str(f.relative_to(path)): _digest(f) for f in _listed(path)}
+            for written in (path.parent, *path.rglob("*")):
+                _files.sync(written)
+            _files.replace(path / _DIGESTS, json.dumps(digests))
     except jax.errors.JaxRuntimeError:
         raise  # another process is gone
     except (OSError, ValueError, RuntimeError) as error:  # Orbax raises any of these
@@ -100,7 +102,7 @@ def _damage(path: pathlib.Path) -> str | None:
     return None
 
 
-def _files(path: pathlib.Path) -> list[pathlib.Path]:
+def _listed(path: pathlib.Path) -> list[pathlib.Path]:
     return sorted(file for file in path.rglob("*") if file.is_file())
 
 

@@ -1,12 +1,16 @@
 """Whether the options of a run can be meant, before anything is read."""
 
 import math
+import os
+import pathlib
 from typing import Any
 
 from dtnh_jax.finetune.config import Config
 from dtnh_jax.finetune.data.targets import FAMILIES, TARGETS, is_target
+from dtnh_jax.finetune.directories import expanded
 from dtnh_jax.finetune.methods import METHODS, REGULARIZERS
 from dtnh_jax.finetune.weights.sources import is_source, known_sources
+from dtnh_jax.finetune.wording import printable
 
 
 def check(config: Config) -> None:
@@ -20,6 +24,9 @@ def check(config: Config) -> None:
             f"`--target` must be one of {', '.join(TARGETS)}, {', '.join(FAMILIES)}, "
             f"got {config.target!r}."
         )
+    _check_place("run_dir", config.folder)
+    if config.data_dir is not None:
+        _check_place("data_dir", expanded(config.data_dir))
     if not config.methods:
         raise ValueError("`--methods` must name at least one method, got none.")
     for name in config.methods:
@@ -53,6 +60,15 @@ def check(config: Config) -> None:
             raise ValueError(
                 f"`{_flag(name)}` must be above 0 and finite, got {value}."
             )
+
+
+def _check_place(name: str, folder: pathlib.Path) -> None:
+    whole = os.path.abspath(folder)
+    if whole != printable(whole):  # those who write checkpoints know no other names
+        raise ValueError(
+            f"`{_flag(name)}` must be a folder whose name is one line of UTF-8, got "
+            f"{printable(whole)}."
+        )
 
 
 def _check_devices(config: Config) -> None:

@@ -1,6 +1,7 @@
 """The run folder: what survives an interruption.
 
 config.json        the options; another configuration needs another folder
+data.json          which pictures; other ones need another folder
 machine.json       what it ran on, and when it began
 metrics.jsonl      a line for every step of every method and seed
 tensorboard/       the same for TensorBoard, a folder for every method and seed
@@ -14,16 +15,28 @@ results.json, report.md and figures, at the end
 """
 
 import json
-import os
 import pathlib
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
+from dtnh_jax import _files
 from dtnh_jax.finetune.config import Config, identity
+from dtnh_jax.finetune.files import make_folder, write, write_json
+
+_OF_A_CELL = {
+    "method",
+    "seed",
+    "strength",
+    "accuracy",
+    "balanced_accuracy",
+    "predictions",
+    "seconds",
+}
 
 
 class OtherConfigurationError(ValueError):
-    """A run folder holds the results of other options."""
+    """A run folder holds the results of other options, or of other pictures."""
 
 
 class Folder:
@@ -48,16 +61,17 @@ class Folder:
 
     def make(self) -> "Folder":
         """Makes the directories, and returns itself."""
-        (self.path / "cells").mkdir(parents=True, exist_ok=True)
+        make_folder(self.path / "cells")
         return self
 
     def result(self, cell: str) -> dict[str, Any] | None:
         """What `finish` wrote for a cell, or None while it is not complete."""
-        path = self.path / "cells" / f"{cell}.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return _result(self.path / "cells" / f"{cell}.json")
 
     def finish(self, cell: str, result: dict[str, Any]) -> None:
         """Writes the result of a cell, and deletes its checkpoints."""
+        if self.metrics_path.exists():
+            _files.sync(self.metrics_path)
         write_json(self.path / "cells" / f"{cell}.json", result)
         shutil.rmtree(self.checkpoints(cell), ignore_errors=True)
 
@@ -66,11 +80,14 @@ class Folder:
         return self.path / "checkpoints" / cell
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl`, without one that was cut off."""
+        """The lines of `metrics.jsonl`, without those that were cut off or damaged."""
         if not self.metrics_path.exists():
             return []
-        lines = self.metrics_path.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        lines = self.metrics_path.read_bytes().split(b"\n")[:-1]
+        found = [_parsed(line) for line in lines]
+        return [
+            x for x in found if isinstance(x, dict) and {"cell", "step"} <= x.keys()
+        ]
 
     def rewind(self, cell: str, step: int) -> float:
         """Forgets metrics of a cell after a step; returns its seconds until there.
@@ -80,7 +97,7 @@ class Folder:
         lines = self.metrics()
         kept = [x for x in lines if x["cell"] != cell or x["step"] <= step]
         if self.metrics_path.exists():
-            _write(self.metrics_path, "".join(json.dumps(x) + "\n" for x in kept))
+            write(self.metrics_path, "".join(json.dumps(x) + "\n" for x in kept))
         return max((x["seconds"] for x in kept if x["cell"] == cell), default=0.0)
 
 
@@ -100,7 +117,10 @@ def check_folder(config: Config) -> None:
             theirs = {**identity(Config()), **json.loads(options.read_text())}
             differing = [key for key in ours if theirs.get(key) != ours[key]]
         except (ValueError, TypeError, OSError) as error:
-            raise ValueError(f"{options} is not readable: {error}.") from error
+            raise ValueError(
+                f"{options} is not readable: {error}. Delete the folder, or give "
+                "another `--run-dir`."
+            ) from error
         if differing:
             key = differing[0]
             raise OtherConfigurationError(
@@ -112,39 +132,106 @@ def check_folder(config: Config) -> None:
         raise ValueError(f"{path} is no run folder and not empty: give another.")
 
 
-def open_folder(config: Config, machine: dict[str, Any]) -> Folder:
+def open_folder(
+    config: Config, machine: Mapping[str, Any], data: Mapping[str, Any] | None = None
+) -> list[str]:
     """Opens the folder of a run, new or begun, after `check_folder`.
 
+    Args:
+      config: of the run.
+      machine: what a new run is measured on.
+      data: what `target.contents` says of the pictures; None leaves that open.
+
+    Returns:
+      Sentences on files that were damaged, as by a loss of power. Trainings whose
+      results are damaged are not complete any more.
+
     Raises:
+      OtherConfigurationError: it holds results of other pictures.
       ValueError: it can not be written.
     """
     path = config.folder
+    notes: list[str] = []
     try:
-        folder = Folder(path).make()
-        if not (path / "config.json").exists():
+        begun = (path / "config.json").exists()
+        if begun and data is not None:
+            _check_data(path, data)
+        make_folder(path)
+        found = _read(path / "machine.json")
+        if not begun or not (
+            isinstance(found, dict) and found.keys() >= machine.keys()
+        ):
             write_json(path / "machine.json", machine)
+            notes += [f"{path / 'machine.json'} was damaged: it is of now."] * begun
+        if data is not None and not (begun and (path / "data.json").exists()):
+            write_json(path / "data.json", data)
+        if not begun:
             # Last: from here on it is a run folder.
             write_json(path / "config.json", identity(config))
+        Folder(path).make()
+        for file in sorted(path.glob("cells/*.json")) + sorted(
+            path.glob("tune/cells/*.json")
+        ):
+            if _result(file) is None:
+                file.unlink()
+                notes.append(f"{file} was damaged: that training is done anew.")
     except OSError as error:
         raise ValueError(f"{path} can not be written: {error}.") from error
-    return folder
+    return notes
+
+
+def _check_data(path: pathlib.Path, ours: Mapping[str, Any]) -> None:
+    """Raises if a run folder, but for one that does not say so, is of other data."""
+    file = path / "data.json"
+    if not file.exists():
+        return
+    theirs = _read(file)
+    if theirs == ours:
+        return
+    try:
+        before, now = theirs["pictures"], ours["pictures"]
+        changed = [
+            f"{name} had {before.get(name, 'none')} and has {now.get(name, 'none')}"
+            for name in {**before, **now}
+            if before.get(name) != now.get(name)
+        ]
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{file} is not readable: delete it if the pictures are as they were, or "
+            "give another `--run-dir`."
+        ) from error
+    more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
+    what = "; ".join(changed[:3]) + more or "as many of each class, but not the same"
+    raise OtherConfigurationError(
+        f"{path} holds a run on other pictures ({what}): give another `--run-dir`."
+    )
 
 
 def _foreign(path: pathlib.Path) -> bool:
     """Whether a folder holds more than `open_folder` may have left when killed."""
-    ours = {"cells", "machine.json", "machine.json.partial", "config.json.partial"}
-    return bool({entry.name for entry in path.iterdir()} - ours)
+    ours = {"cells", "machine.json", "data.json"}
+    return any(
+        entry.name not in ours and entry.suffix != ".partial"
+        for entry in path.iterdir()
+    )
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes JSON so that readers see the old file or the new one, whole."""
-    _write(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+def _result(path: pathlib.Path) -> dict[str, Any] | None:
+    """The result of a cell, or None if it is missing or damaged."""
+    found = _read(path)
+    return found if isinstance(found, dict) and found.keys() >= _OF_A_CELL else None
 
 
-def _write(path: pathlib.Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+def _read(path: pathlib.Path) -> Any:
+    """The content of a JSON file, or None if it is missing or damaged."""
+    return _parsed(path.read_bytes()) if path.exists() else None
+
+
+def _parsed(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 def _shown(value: Any) -> str:

@@ -58,7 +58,9 @@ def prepare(config: Config) -> Experiment:
     source = in_dtype(load_source(config.source), config.dtype)
     source = source._replace(load=functools.cache(source.load))
     target = processes.first_before_others(
-        lambda: load_target(config.target, data_dir=config.data_dir)
+        lambda: load_target(
+            config.target, data_dir=config.data_dir, outputs=[config.folder]
+        )
     )
     classes = len(target.class_names)
     sizes = splitting.sizes(target, config)

@@ -5,7 +5,6 @@ metadata, all that is needed to use them.
 """
 
 import json
-import os
 import pathlib
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ import safetensors
 import safetensors.numpy
 from flax.traverse_util import flatten_dict
 
+from dtnh_jax.finetune import files
 from dtnh_jax.finetune.methods import METHODS, Method
 from dtnh_jax.finetune.runs import processes
 from dtnh_jax.finetune.runs.preparation import Experiment
@@ -25,6 +25,7 @@ from dtnh_jax.finetune.weights.source import Source, Variables
 from dtnh_jax.finetune.weights.sources import load_source
 from dtnh_jax.finetune.weights.tensor_files import read_tensors
 from dtnh_jax.finetune.weights.tensor_names import linen_name, named_variables
+from dtnh_jax.finetune.wording import printable
 
 
 class Facts(NamedTuple):
@@ -38,6 +39,8 @@ class Facts(NamedTuple):
     image_size: int
     dtype: str
     class_names: list[str]
+    # In pictures of more than 8 bits, see `pictures.white_of`; older files do not say.
+    white: dict[str, float] = {}  # noqa: RUF012
 
 
 class Trained(NamedTuple):
@@ -79,6 +82,7 @@ def keep(
         config.image_size,
         config.dtype,
         list(experiment.target.class_names),
+        dict(experiment.target.white),
     )
     if processes.is_first():
         write(path_of(run, method.name, seed), jax.device_get(tree), facts)
@@ -108,13 +112,11 @@ def write_tensors(
     """Writes named tensors; the format knows neither strides nor what is not text."""
     tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
     metadata = {
-        key: value if isinstance(value, str) else json.dumps(value)
+        key: printable(value) if isinstance(value, str) else json.dumps(value)
         for key, value in facts._asdict().items()
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(safetensors.numpy.save(tensors, metadata))
-    os.replace(partial, path)
+    files.make_folder(path.parent)
+    files.write(path, safetensors.numpy.save(tensors, metadata))
 
 
 def load(path: pathlib.Path) -> Trained:
@@ -132,6 +134,7 @@ def load(path: pathlib.Path) -> Trained:
         values: Any = {
             key: metadata[key] if key in texts else json.loads(metadata[key])
             for key in Facts._fields
+            if key in metadata or key not in Facts._field_defaults
         }
     except (KeyError, ValueError) as error:
         raise ValueError(

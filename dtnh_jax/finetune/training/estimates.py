@@ -13,6 +13,7 @@ from flax.serialization import msgpack_restore, msgpack_serialize
 from jaxtyping import Array, Float
 
 from dtnh_jax import regularizers
+from dtnh_jax.finetune import files
 from dtnh_jax.finetune.data.loading import Examples
 from dtnh_jax.finetune.training.loop import look
 from dtnh_jax.finetune.weights.sources import Source, Variables
@@ -50,13 +51,14 @@ def estimate(name: str, question: Question) -> Any:
       A tree of NumPy arrays.
     """
     kept = _kept(question)
-    if not kept.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        measured = jax.tree.map(np.asarray, ESTIMATES[name](question))
-        partial = kept.with_suffix(".partial")
-        partial.write_bytes(msgpack_serialize(measured))
-        partial.replace(kept)
-    return msgpack_restore(kept.read_bytes())
+    try:
+        return msgpack_restore(kept.read_bytes())
+    except Exception:  # there is none, or whatever a reader of damaged files raises
+        files.make_folder(kept.parent)
+    measured = jax.tree.map(np.asarray, ESTIMATES[name](question))
+    content = msgpack_serialize(measured)
+    files.write(kept, content)
+    return msgpack_restore(content)
 
 
 def _fisher(question: Question) -> Any:

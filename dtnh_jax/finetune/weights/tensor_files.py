@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 import safetensors
 from flax.traverse_util import flatten_dict
 
+from dtnh_jax.finetune.directories import expanded
 from dtnh_jax.finetune.weights.torch_files import WeightsError, read_torch_checkpoint
 
 COLLECTIONS = ("params", "batch_stats")
@@ -35,7 +36,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     Raises:
       WeightsError: the file is missing, damaged or of another kind.
     """
-    path = pathlib.Path(path).expanduser()
+    path = expanded(path)
     if path.is_dir():
         read = _read_orbax
     elif not path.exists():

@@ -9,6 +9,8 @@ import os
 import pathlib
 from typing import Any, NamedTuple
 
+from dtnh_jax import _files
+
 
 class Record(NamedTuple):
     """What a file holds."""
@@ -63,7 +65,7 @@ def begin(
         return
     if record.baseline is None:
         pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-        pathlib.Path(path).write_bytes(_first_line(digest, baseline))
+        _files.replace(path, _first_line(digest, baseline))
         return
     # Other chunk sizes round otherwise.
     if not math.isclose(record.baseline, baseline, rel_tol=1e-5, abs_tol=1e-6):
@@ -84,3 +86,5 @@ def append(path: str | os.PathLike | None, line: dict[str, Any]) -> None:
     if path is not None:
         with open(path, "ab") as file:
             file.write(json.dumps(line).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())

@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from dtnh_jax.finetune import files
 from dtnh_jax.studies.accelerator.timing import Spread, spread
 
 NOT_REACHED = "not reached"
@@ -100,14 +100,12 @@ class Results:
             "about": self.about,
             "rows": [dataclasses.asdict(row) for row in self.rows.values()],
         }
-        files = {
+        written = {
             f"{self._name}.json": json.dumps(content, indent=1) + "\n",
             f"{self._name}.md": markdown(self.about, self.rows.values()),
         }
-        for name, text in files.items():
-            beside = self._folder / f".{name}"
-            beside.write_text(text)
-            os.replace(beside, self._folder / name)
+        for name, text in written.items():
+            files.write(self._folder / name, text)
 
 
 def markdown(about: Mapping[str, Any], rows: Iterable[Row]) -> str:

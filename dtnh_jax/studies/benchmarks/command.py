@@ -7,6 +7,7 @@ from typing import Any
 
 import tyro
 
+from dtnh_jax.finetune.directories import expanded
 from dtnh_jax.studies.benchmarks.config import Config
 
 
@@ -30,8 +31,8 @@ def run(argv: Sequence[str]) -> int:
     console = Console()
     if not console.is_terminal:
         console.width = 200  # of a log, where nothing has to fit
-    path = config.output.expanduser()
     try:
+        path = expanded(config.output)
         if config.report_only:
             results = report.read(path)
             report.draw(path, results)

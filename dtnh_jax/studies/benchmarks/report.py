@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dtnh_jax import plots
+from dtnh_jax.finetune import files
 from dtnh_jax.finetune.reports.results import machine
-from dtnh_jax.finetune.runs.folder import write_json
 
 _HEADER = (
     "group",
@@ -51,7 +51,7 @@ def write(path: pathlib.Path, results: dict[str, Any]) -> None:
       results: `machine`, `options` and `rows`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, results)
+    files.write_json(path, results)
     draw(path, results)
 
 
@@ -62,10 +62,11 @@ def draw(path: pathlib.Path, results: dict[str, Any]) -> None:
     # What has no target would make the picture too long to look at.
     aimed = [row for row in compared if row["target"] is not None] or compared
     if aimed:
-        plots.benchmark_ratios(aimed).savefig(path.with_suffix(".png"))
+        figure = plots.benchmark_ratios(aimed)
+        files.write_figure(path.with_suffix(".png"), figure)
     lines = [_HEADER, ["---"] * len(_HEADER), *map(cells, rows)]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    path.with_suffix(".md").write_text(f"{on_machine(results)}\n\n{table}\n")
+    files.write(path.with_suffix(".md"), f"{on_machine(results)}\n\n{table}\n")
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
