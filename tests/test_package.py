@@ -10,31 +10,31 @@ from dtnh_jax import regularizers, rules
 from dtnh_jax.finetune.methods import REGULARIZERS
 
 ROOT = pathlib.Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+DOCS = ROOT / "notebooks" / "docs"
 
 
-def section(title: str) -> str:
-    return README.split(f"## {title}\n")[1].split("\n## ")[0]
+def page(name: str) -> str:
+    return (DOCS / f"{name}.md").read_text()
 
 
 def first_column(text: str) -> list[str]:
     return re.findall(r"^\| `(\w+)", text, re.MULTILINE)
 
 
-def test_the_readme_lists_every_public_name_and_no_other():
-    names = first_column(section("The API at a glance"))
+def test_the_documents_list_every_public_name_and_no_other():
+    names = first_column(page("names"))
     assert sorted(set(names) - set(rules.__all__) | {"dtnh"}) == sorted(
         dtnh_jax.__all__
     )
 
 
-def test_the_readme_lists_every_rule():
+def test_the_documents_list_every_rule():
     public = {name for name in rules.__all__ if name[0].islower()}
-    assert public <= set(first_column(section("The API at a glance")))
+    assert public <= set(first_column(page("names")))
 
 
-def test_the_readme_lists_every_regularizer_and_the_command_knows_it():
-    listed = set(first_column(section("The regularizers")))
+def test_the_documents_list_every_regularizer_and_the_command_knows_it():
+    listed = set(first_column(page("regularizers")))
     assert listed == set(REGULARIZERS)
     assert listed <= set(regularizers.__all__)
 
@@ -50,3 +50,30 @@ def test_the_core_imports_no_flax_no_data_and_no_figures():
     code = f"import sys, dtnh_jax; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_readme_fits_a_few_screens_and_its_first_lines_run():
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 200
+    code = readme.split("```python\n")[1].split("```")[0]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_links_between_documents_lead_somewhere():
+    documents = [
+        ROOT / "README.md",
+        *DOCS.glob("*.md"),
+        *(ROOT / ".github").glob("*.md"),
+    ]
+    documents += [*(ROOT / ".github" / "results").glob("*.md")]
+    for document in documents:
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
+            if not link.startswith("http"):
+                assert (document.parent / link).exists(), (document.name, link)
+
+
+def test_every_public_name_has_a_place_in_the_reference():
+    pages = "".join(path.read_text() for path in (DOCS / "api").glob("*.md"))
+    for name in set(dtnh_jax.__all__) - {"regularizers", "rules"}:
+        assert f"::: dtnh_jax.{name}\n" in pages

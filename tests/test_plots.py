@@ -234,8 +234,6 @@ def test_a_name_is_drawn_as_it_is(name):
     line = {"method": name, "seed": 0, "step": 1, "cosine": 0.1, "conflict": 0.0}
     assert named(plots.conflict_over_steps([line]), name) >= 2
     assert named(plots.conflict_map(np.array([[0.1, -0.2]]), [name]), name) >= 2
-    assert named(plots.harm_rates({name: {name: 0.5}}), name) >= 3
-    assert named(plots.worst_cases({name: -0.5}), name) >= 2
     panels = {name: {name: [(1.0, 0.1, None, None)]}}
     assert named(plots.strength_sweep(panels), name) >= 3
     rows = [ratio_row(name, 3.0, 1.0, group=name)]

@@ -16,7 +16,7 @@ from dtnh_jax.finetune.weights.sources import initial_variables, load_source
 from dtnh_jax.linen import capture_features
 from dtnh_jax.studies.benchmarks.encoder import Encoder
 from dtnh_jax.studies.benchmarks.perceptron import Perceptron
-from dtnh_jax.studies.matrix.networks import FEATURE_LAYERS, ResNet8
+from dtnh_jax.studies.trust.networks import NETWORKS, ResNet8
 
 CLASSES = 10
 _CHANNELS = 16  # of a token
@@ -41,7 +41,7 @@ def residual(batch_size: int, image_size: int) -> Network:
     inputs = _noise((batch_size, image_size, image_size, 1))
     module = ResNet8(CLASSES)
     variables = jax.jit(partial(module.init, train=False))(jax.random.key(0), inputs)
-    return _network("ResNet-8", module, variables, inputs, FEATURE_LAYERS)
+    return _network("ResNet-8", module, variables, inputs, NETWORKS["resnet"][1])
 
 
 def encoder(batch_size: int, layers: int, width: int, tokens: int) -> Network:

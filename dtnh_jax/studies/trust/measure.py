@@ -13,6 +13,7 @@ from dtnh_jax.studies.trust.images import Images
 
 Axes = dict[str, Any]
 AXES = ("target", "shift", "kept", "kl")
+_FAR = 100.0  # nats, which no network comes near that does not diverge
 
 
 def shifted(images: Images) -> Images:
@@ -51,7 +52,7 @@ def make_measure(
     Returns:
       A function; its axes are percentages right of the target's test images, of those
       under shift, and by the source's own head of its unseen images; and the KL
-      divergence of that from the source's predictions, in nats an image.
+      divergence of that from the source's predictions, in nats an image, at most 100.
     """
     under_shift = shifted(test)
 
@@ -84,7 +85,10 @@ def make_measure(
         count = len(jax.tree.leaves(variables)[0])
         each = (jax.tree.map(lambda x, i=i: x[i], variables) for i in range(count))
         found = [jax.device_get(compiled(one, *inputs)) for one in each]
-        return {name: np.array([each[name] for each in found]) for name in AXES}
+        axes = {name: np.array([each[name] for each in found]) for name in AXES}
+        # A network that diverged is infinitely far; JSON has no word for that.
+        axes["kl"] = np.nan_to_num(np.minimum(axes["kl"], _FAR), nan=_FAR)
+        return axes
 
     return measure
 

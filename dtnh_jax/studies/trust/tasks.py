@@ -2,7 +2,6 @@
 
 import functools
 import math
-import os
 import pathlib
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from flax import linen as nn
 from flax import serialization
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from dtnh_jax import _files
 from dtnh_jax.studies.trust.catalogue import FOLDS, SOURCES, Pair
 from dtnh_jax.studies.trust.images import Images, load_images
 from dtnh_jax.studies.trust.networks import IMAGE_SIZE, NETWORKS
@@ -69,10 +69,9 @@ def load_source(name: str, kind: str, data_dir: pathlib.Path) -> Any:
     path = data_dir / "study" / f"{kind}-{name}-{_SOURCE_STEPS}.msgpack"
     if not path.exists():
         variables = _pretrained(name, NETWORKS[kind][0], data_dir)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        partial.write_bytes(serialization.msgpack_serialize(jax.device_get(variables)))
-        os.replace(partial, path)
+        _files.make_folder(path.parent)
+        content = serialization.msgpack_serialize(jax.device_get(variables))
+        _files.replace(path, content)
     # Read back even if it was just written, so that a second run has the same.
     return serialization.msgpack_restore(path.read_bytes())
 
