@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from dtnh_jax import rules
 from dtnh_jax._arguments import Number, Strength, check_number, checked_options
-from dtnh_jax._axes import AxisName, check_parts
+from dtnh_jax._axes import AxisName, check_parts, of_type
 from dtnh_jax._geometry import Measured, clipped, finite, groups_of, root
 from dtnh_jax._resolve import init_state
 from dtnh_jax._trees import Mask, aligned, given
@@ -172,7 +172,7 @@ def never_hurt(
 
         def kept(new, tree, name):
             """Takes one more gradient into account, if that is finite."""
-            pairs = zip(new, leaves.pick(tree, name))
+            pairs = [(of_type(x, y), y) for x, y in zip(new, leaves.pick(tree, name))]
             return leaves.onto(tree, [jnp.where(is_finite, *each) for each in pairs])
 
         return leaves.restore(total), NeverHurtState(

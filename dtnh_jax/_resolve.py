@@ -9,7 +9,7 @@ from jaxtyping import Array, Int, PyTree
 
 from dtnh_jax import rules
 from dtnh_jax._arguments import Number, Options, Strength, checked_options
-from dtnh_jax._axes import AxisName, check_parts
+from dtnh_jax._axes import AxisName, check_parts, of_type
 from dtnh_jax._geometry import (
     Measured,
     Scope,
@@ -330,7 +330,9 @@ def resolve(
     is_finite = jnp.all(jnp.isfinite(squares))
     if state.ema is not None:
         olds = leaves.pick(state.ema, "state.ema")
-        ema = [jnp.where(is_finite, *each) for each in zip(ema, olds)]
+        ema = [
+            jnp.where(is_finite, of_type(new, old), old) for new, old in zip(ema, olds)
+        ]
         ema = leaves.onto(state.ema, ema)
     step = jnp.where(is_finite, optax.safe_increment(state.step), state.step)
     after = ConflictState(step, ema, state.anchor, options.join(measured))
