@@ -141,7 +141,7 @@ def never_hurt(
         watched = g
         if held_out_grads is not None:
             watched = leaves.pick(held_out_grads, "held_out_grads")
-        decay = jnp.asarray(ema_decay, jnp.float32)
+        decay = jnp.asarray(options.ema_decay, jnp.float32)
         forgotten = decay ** (state.step + 1).astype(jnp.float32)  # weight of the zeros
         means, squares = (
             [decay * old + (1 - decay) * x for old, x in zip(leaves.pick(*tree), new)]
