@@ -192,11 +192,15 @@ def _below_one(decay: Number) -> Number:
 
     Warns of one in half precision whose value cannot be seen: what it was is not known.
     """
-    if not (isinstance(decay, Tracer) and _is_half(decay)):
+    if not isinstance(decay, Tracer):
         return decay
-    most = 1 - float(jnp.finfo(decay.dtype).epsneg)
-    warnings.warn(
-        f"`ema_decay` is a traced {decay.dtype}, taken as at most {most:.4g}. {_CURE}",
-        stacklevel=4,
-    )
-    return jnp.minimum(as_float32(decay), most)
+    is_half = _is_half(decay)
+    most = 1 - float(jnp.finfo(decay.dtype if is_half else jnp.bfloat16).epsneg)
+    if is_half:
+        warnings.warn(
+            f"`ema_decay` is a traced {decay.dtype}, taken as at most {most:.4g}. "
+            f"{_CURE}",
+            stacklevel=4,
+        )
+    decay = as_float32(decay)
+    return jnp.where(decay < 1, decay, most)  # also of one that was in half precision

@@ -124,19 +124,22 @@ def test_half_precision_of_parameters_and_single_of_gradients():
     params, g = {"w": jnp.ones(3, jnp.bfloat16)}, {"w": jnp.array([1.0, -2.0, 3.0])}
     adam = optax.adam(0.1)
     tx = accumulate_pairs(optax.chain(dtnh(0.0), adam), every_k=2)
-    steps = optax.MultiSteps(adam, 2, accumulator_dtype=jnp.float32)
 
-    def body(states, _):
-        ours, theirs = states
-        updates, ours = tx.update(GradientPair(g, g), ours, params)
-        others, theirs = steps.update(g, theirs, params)
-        return (ours, theirs), (updates, others)
+    def body(state, factor):
+        pair = GradientPair(jax.tree.map(lambda x: factor * x, g), g)
+        updates, state = tx.update(pair, state, params)
+        return state, updates["w"]
 
-    states = tx.init(params), steps.init(params)
-    (state, _), (updates, expected) = jax.lax.scan(body, states, length=4)
-    chex.assert_trees_all_equal_dtypes(state, states[0])
-    chex.assert_trees_all_close(updates, expected, rtol=1e-2)
-    np.testing.assert_array_equal(updates["w"][::2], 0)
+    factors = jnp.array([0.0, 2.0, 1.0, 5.0])  # their means are 1 and 3
+    state, updates = jax.lax.scan(body, tx.init(params), factors)
+    chex.assert_trees_all_equal_dtypes(state, tx.init(params))
+    moments = adam.init(params)
+    for number, mean in ((1, 1.0), (3, 3.0)):
+        np.testing.assert_array_equal(updates[number - 1], 0)
+        g_of_both = jax.tree.map(lambda x, by=mean: by * x, g)
+        expected, new = adam.update(g_of_both, moments, params)
+        np.testing.assert_allclose(updates[number], expected["w"], rtol=2e-3)
+        moments = jax.tree.map(lambda x, y: x.astype(y.dtype), new, moments)
 
 
 DEVICES = 4

@@ -7,10 +7,10 @@ from functools import cache, partial
 
 import chex
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import optax
+import programs
 import pytest
 
 from dtnh_jax import (
@@ -118,7 +118,7 @@ def primitives(jaxpr):
     found = []
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         found.append(equation.primitive.name)
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+        for inner in programs.inner(equation.params):
             found += primitives(inner)
     return found
 
@@ -297,18 +297,17 @@ def test_decays_that_half_precision_has_rounded_to_one(factory):
     with pytest.raises(ValueError, match=r"got 1.*give it `hyperparam_dtype"):
         rounded.init(params)
     with pytest.warns(UserWarning, match=r"`ema_decay` .* at most 0.9961.*float32"):
-        state = jax.jit(rounded.init)(params)
-        found = rounded_step(rounded, state, params, g, r)
+        found = average(rounded, params, g, r)
     exact = optax.inject_hyperparams(factory, hyperparam_dtype=jnp.float32)
     for injected, is_near in ((0.99609375, True), (0.999, False)):
         tx = exact(strength=1.0, ema_decay=injected)
-        wanted = rounded_step(tx, jax.jit(tx.init)(params), params, g, r)
+        wanted = average(tx, params, g, r)
         assert np.allclose(found, wanted, rtol=1e-5) == is_near
 
 
-def rounded_step(tx, state, params, g, r):
-    """The average of three gradients, or of their squares."""
-    update = jax.jit(tx.update)
+def average(tx, params, g, r):
+    """The moving average of three gradients, or of their squares."""
+    state, update = jax.jit(tx.init)(params), jax.jit(tx.update)
     for factor in (1.0, -3.0, 2.0):
         updates, state = update(factor * g, state, params, regularizer_grads=r)
     assert np.isfinite(updates).all()
