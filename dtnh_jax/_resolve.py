@@ -77,7 +77,8 @@ def dtnh(
         the shrinkage in it.
       mask: a tree of bools, or a function of the parameters to one, as in
         `optax.masked`. Leaves that are masked out get the loss gradient alone and take
-        no part in inner products.
+        no part in inner products. What a later transformation freezes should be masked
+        out here too: its gradients would count in inner products and norms.
       axis_name: name of a mapped axis, or a tuple of names, along which each device
         holds a PART of the parameters and of both gradients (fully sharded or tensor
         parallel), in loops under `jax.shard_map`, `jax.pmap` or `jax.vmap`. Inner

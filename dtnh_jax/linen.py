@@ -9,6 +9,7 @@ from flax import core, struct
 from flax.training import train_state
 from jaxtyping import Array, PRNGKeyArray
 
+from dtnh_jax._freezing import warn_of_freezing
 from dtnh_jax._gradients import value_and_gradient_pair
 from dtnh_jax.capture.layers import Layers
 from dtnh_jax.capture.linen_features import capture_features
@@ -103,6 +104,9 @@ def train_step(
         `teacher` is the variables of the pretrained network; not those of `state` if
         that is donated, but a copy.
 
+    Warns, as it is traced, of parameters that the optimizer freezes behind one of this
+    library's transformations, whose inner products and norms they inflate.
+
     Raises:
       TypeError: if `regularizer` is not a function.
       ValueError: on calling, if a layer is missing, or if the network has batch
@@ -194,6 +198,7 @@ def train_step(
             (values, (new_stats, metrics)), grads = value_and_pair(state.params)
             metrics = {"loss": values[0], "regularizer": values[1], **metrics}
 
+        warn_of_freezing(state.tx, grads, state.opt_state, state.params)
         new_stats = _like(batch_stats, new_stats)
         state = state.apply_gradients(grads=grads)
         if jax.tree.leaves(new_stats):

@@ -199,7 +199,7 @@ def test_data_parallel_gradients_are_averaged_first_and_need_no_axis_name(mappin
     def of_part(params, x):
         own = params
         if mapping == "shard_map":  # else the gradients come summed over devices
-            own = jax.lax.pcast(params, "data", to="varying")
+            own = programs.varying(params, "data")
         _, pair = value_and_gradient_pair(objective)(own, x)
         return step(dtnh(2.0), params, jax.lax.pmean(pair, "data"))
 

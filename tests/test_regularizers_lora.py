@@ -140,7 +140,7 @@ def test_adapters_of_nnx_are_found():
     params = jax.tree.map(lambda x: x + 0.1, params)
     first, second = params["layers"][0]["lora"], params["layers"][1]
     expected = sum(
-        product_decay(pair["lora_a"][...], pair["lora_b"].get_value(), 1.0)[0]
+        product_decay(pair["lora_a"][...], pair["lora_b"][...], 1.0)[0]
         for pair in (first, second)
     )
     assert expected > 0.01
