@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree
 
-from dtnh_jax import _trees
+from dtnh_jax import _axes, _trees
 from dtnh_jax._arguments import check_count
 from dtnh_jax._gradients import GradientPair
 from dtnh_jax._metrics import regularizer_names
@@ -33,7 +33,9 @@ def accumulate_pairs(
 
     Args:
       inner: a transformation of pairs, such as `optax.chain(dtnh(0.1), optax.sgd(0.1))`
-        or `decoupled(...)`.
+        or `decoupled(...)`. It gets the pair in the way in which it was given, and the
+        other keywords of the last micro-batch. As in `optax.MultiSteps`, its state
+        keeps the dtypes that it has from `init`.
       every_k: how many micro-batches make a step, at least 1.
 
     Returns:
@@ -80,21 +82,31 @@ def accumulate_pairs(
         )
 
         def step(sums, inner_state):
-            loss = _mean(sums.loss, pair.loss, every_k)
-            regularizer = _mean(sums.regularizer, pair.regularizer, every_k)
-            updates, inner_state = inner.update(
-                loss, inner_state, params, regularizer_grads=regularizer, **extra_args
+            mean = GradientPair(
+                _mean(sums.loss, pair.loss, every_k),
+                _mean(sums.regularizer, pair.regularizer, every_k),
             )
-            return updates, jax.tree.map(jnp.zeros_like, sums), inner_state
+            if regularizer_grads is None:
+                return inner.update(mean, inner_state, params, **extra_args)
+            keywords = {"regularizer_grads": mean.regularizer, **extra_args}
+            return inner.update(mean.loss, inner_state, params, **keywords)
+
+        # Both branches have to return the same types, those of the state if they can.
+        updates_like, state_like = jax.eval_shape(step, sums, state.inner)
+
+        def apply(sums, inner_state):
+            updates, new = step(sums, inner_state)
+            new = jax.tree.map(_axes.of_type, new, inner_state)
+            return updates, jax.tree.map(jnp.zeros_like, sums), new
 
         def wait(sums, inner_state):
-            shapes = jax.eval_shape(step, sums, inner_state)[0]
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            return zeros, sums, inner_state
+            zeros = jax.tree.map(_axes.zeros, updates_like)
+            kept = jax.tree.map(_axes.widened, inner_state, state_like)
+            return zeros, sums, kept
 
         is_last = state.mini_step == every_k - 1
         updates, sums, inner_state = jax.lax.cond(
-            is_last, step, wait, sums, state.inner
+            is_last, apply, wait, sums, state.inner
         )
         mini_step = jnp.where(is_last, 0, state.mini_step + 1)
         return updates, AccumulateState(mini_step, sums, inner_state)

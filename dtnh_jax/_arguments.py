@@ -1,6 +1,7 @@
 """The arguments that transformations share, checked before any compute is spent."""
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -90,6 +91,7 @@ def checked_options(
     _geometry.check_scope(scope)
     if ema_decay is not None:
         check_number("ema_decay", ema_decay, below=1.0)
+        ema_decay = _below_one(ema_decay)
     if max_ratio is not None:
         check_number("max_ratio", max_ratio, schedule=True)
     options = Options(
@@ -168,4 +170,37 @@ def check_number(
         return
     if not 0 <= float(value) < below:
         most = "finite" if math.isinf(below) else f"below {below:g}"
-        raise ValueError(f"`{argument}` must be at least 0 and {most}, got {value}.")
+        raise ValueError(
+            f"`{argument}` must be at least 0 and {most}, got {value}."
+            + (f" {_CURE}" if _is_half(value) else "")
+        )
+
+
+_CURE = (
+    "Numbers in half precision are rounded, 0.999 to 1: where "
+    "`optax.inject_hyperparams` makes them, give it `hyperparam_dtype=jnp.float32`."
+)
+
+
+def _is_half(value: Any) -> bool:
+    dtype = jnp.result_type(value)
+    return jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
+
+
+def _below_one(decay: Number) -> Number:
+    """Returns a decay that is below 1, even where half precision has lost that.
+
+    Warns of one in half precision whose value cannot be seen: what it was is not known.
+    """
+    if not isinstance(decay, Tracer):
+        return decay
+    is_half = _is_half(decay)
+    most = 1 - float(jnp.finfo(decay.dtype if is_half else jnp.bfloat16).epsneg)
+    if is_half:
+        warnings.warn(
+            f"`ema_decay` is a traced {decay.dtype}, taken as at most {most:.4g}. "
+            f"{_CURE}",
+            stacklevel=4,
+        )
+    decay = as_float32(decay)
+    return jnp.where(decay < 1, decay, most)  # also of one that was in half precision

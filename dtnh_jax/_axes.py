@@ -8,12 +8,13 @@ Shape letters: L leaves.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
@@ -108,16 +109,63 @@ def check_parts(
             )
 
 
+def of_type(x: Any, like: Any) -> Array:
+    """Returns a value in the type of another: dtype, sharding, axes it varies over."""
+    return _sharded(as_varying(x.astype(like.dtype), like), like)
+
+
+def widened(x: Any, like: Any) -> Array:
+    """Returns a value as another one is spread over devices, unless it is already."""
+    on_mesh = _explicit_sharding(x) is not None
+    return as_varying(x if on_mesh else _sharded(x, like), like)
+
+
+def _sharded(x: Any, like: Any) -> Array:
+    """Shards a value as another one is, if that is on an explicit mesh."""
+    sharding = _explicit_sharding(like)
+    if sharding is None or sharding == _explicit_sharding(x):
+        return x
+    return jax.sharding.reshard(x, sharding)
+
+
+def _explicit_sharding(x: Any) -> jax.sharding.NamedSharding | None:
+    """The sharding in a value's type, which only explicit meshes have."""
+    sharding: Any = _type(x).sharding
+    is_explicit = sharding and AxisType.Explicit in sharding.mesh.axis_types
+    return sharding if is_explicit else None
+
+
+def zeros(like: jax.ShapeDtypeStruct) -> Array:
+    """Returns zeros of a type, such as `jax.eval_shape` gives, on any mesh."""
+    return as_varying(jnp.zeros(like.shape, like.dtype, device=like.sharding), like)
+
+
+def as_varying(x: Array, like: Any) -> Array:
+    """Lets a value differ between devices, for types, where another one does."""
+    return _made_varying(x, _varying(like) - _varying(x))
+
+
 def _psum(values: Array, axes: tuple[str, ...]) -> Array:
     missing = set(axes) & _varying(jax.lax.axis_index(axes)) - _varying(values)
-    if missing:  # in types, what all devices have in common has no sum over them
-        values = jax.lax.pcast(values, tuple(missing), to="varying")
-    return jax.lax.psum(values, axes)
+    # In types, what all devices have in common has no sum over them.
+    return jax.lax.psum(_made_varying(values, missing), axes)
+
+
+def _type(x: Any) -> Any:
+    return x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+
+
+def _made_varying(x: Any, axes: Collection[str]) -> Any:
+    if not axes:
+        return x
+    if not hasattr(jax.lax, "pcast"):  # before jax 0.9
+        return jax.lax.pvary(x, tuple(axes))  # pyright: ignore
+    return jax.lax.pcast(x, tuple(axes), to="varying")
 
 
 def _varying(array: Any) -> frozenset[str]:
     """The axes along which a value's type in `jax.shard_map` says that it differs."""
-    kind = jax.typeof(array)
+    kind = _type(array)
     if (manual := getattr(kind, "manual_axis_type", None)) is not None:
         return manual.varying
-    return getattr(kind, "vma", frozenset())  # before jax 0.10
+    return getattr(kind, "vma", None) or frozenset()  # before jax 0.10

@@ -63,6 +63,7 @@ def decoupled(
         the keyword `regularizer_grads`.
       regularizer_optimizer: turns `r` into its step, which `strength` multiplies;
         plain descent, `-r`, by default. Several regularizers have a state of it each.
+        Keywords of `update` such as `value` go to both optimizers.
       rule: as in `resolve_conflicts`; `rules.dtnh` by default.
       scope: as in `dtnh`.
       ema_decay: as in `dtnh`.
@@ -129,7 +130,9 @@ def decoupled(
         if descent is not None:
             own = dict(options.by_name(own, "state.regularizer_optimizer"))
             for name, r in gradients.items():
-                v, own[name] = _step(descent, r(), own[name], params, options.axes)
+                v, own[name] = _step(
+                    descent, r(), own[name], params, options.axes, extra_args
+                )
                 gradients[name] = lambda v=v: v
             own = options.join(own)
         updates, inner = optimizer.update(loss, state.optimizer, params, **extra_args)
@@ -150,14 +153,14 @@ def decoupled(
 
 
 def _step(
-    optimizer, grads, state, params, axes
+    optimizer, grads, state, params, axes, extra_args
 ) -> tuple[optax.Updates, optax.OptState]:
     """An optimizer's step, as if it were a gradient, and its state.
 
     A step that is not finite is returned as it is, to be counted and left out, but the
     optimizer is not to remember it.
     """
-    step, new_state = optimizer.update(grads, state, params)
+    step, new_state = optimizer.update(grads, state, params, **extra_args)
     finite = [
         jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(step) if is_trainable(x)
     ]

@@ -1,12 +1,14 @@
 """Two gradients from one forward pass."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
+
+_NEW_VALUES = "_overwrite_with_gradient"  # as `flax.linen.fp8_ops` calls them
 
 
 class GradientPair(NamedTuple):
@@ -23,6 +25,24 @@ class GradientPair(NamedTuple):
 
     loss: PyTree
     regularizer: PyTree
+
+    # Flax's `TrainState` looks for what its layers in 8 bits put among the gradients,
+    # new scales, and takes the gradients apart there.
+
+    def __contains__(self, key: object) -> bool:
+        if isinstance(key, str):
+            return isinstance(self.loss, Mapping) and key in self.loss
+        return tuple.__contains__(self, key)
+
+    def __getitem__(self, key: Any) -> Any:
+        if not isinstance(key, str):
+            return tuple.__getitem__(self, key)
+        loss, regularizer = self.loss[key], self.regularizer
+        if key == _NEW_VALUES:
+            return loss
+        if key in regularizer:
+            return GradientPair(loss, regularizer[key])
+        return GradientPair(loss, {name: r[key] for name, r in regularizer.items()})
 
 
 def value_and_gradient_pair(

@@ -9,7 +9,7 @@ from jaxtyping import Array, Int, PyTree
 
 from dtnh_jax import rules
 from dtnh_jax._arguments import Number, Options, Strength, checked_options
-from dtnh_jax._axes import AxisName, check_parts
+from dtnh_jax._axes import AxisName, check_parts, of_type
 from dtnh_jax._geometry import (
     Measured,
     Scope,
@@ -77,7 +77,8 @@ def dtnh(
         the shrinkage in it.
       mask: a tree of bools, or a function of the parameters to one, as in
         `optax.masked`. Leaves that are masked out get the loss gradient alone and take
-        no part in inner products.
+        no part in inner products. What a later transformation freezes should be masked
+        out here too: its gradients would count in inner products and norms.
       axis_name: name of a mapped axis, or a tuple of names, along which each device
         holds a PART of the parameters and of both gradients (fully sharded or tensor
         parallel), in loops under `jax.shard_map`, `jax.pmap` or `jax.vmap`. Inner
@@ -333,7 +334,9 @@ def resolve(
     is_finite = jnp.all(jnp.isfinite(squares))
     if state.ema is not None:
         olds = leaves.pick(state.ema, "state.ema")
-        ema = [jnp.where(is_finite, *each) for each in zip(ema, olds)]
+        ema = [
+            jnp.where(is_finite, of_type(new, old), old) for new, old in zip(ema, olds)
+        ]
         ema = leaves.onto(state.ema, ema)
     step = jnp.where(is_finite, optax.safe_increment(state.step), state.step)
     after = ConflictState(step, ema, state.anchor, options.join(measured))

@@ -5,14 +5,14 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-from flax import core, struct, traverse_util
-from flax.core.scope import in_filter, union_filters
+from flax import core, struct
 from flax.training import train_state
 from jaxtyping import Array, PRNGKeyArray
 
+from dtnh_jax._freezing import warn_of_freezing
 from dtnh_jax._gradients import value_and_gradient_pair
-from dtnh_jax.capture import layers as _layers
 from dtnh_jax.capture.layers import Layers
+from dtnh_jax.capture.linen_features import capture_features
 from dtnh_jax.capture.linen_scaling import scale_features
 
 __all__ = [
@@ -56,83 +56,6 @@ class Forward(NamedTuple):
 
     output: Any  # what it returned, such as logits
     features: dict[str, Any]  # the outputs of layers, by path
-
-
-def capture_features(
-    model: nn.Module, layers: Layers, *, collection: str = "intermediates"
-) -> Callable[..., tuple[Any, dict[str, Any]]]:
-    """Makes `model.apply` return the outputs of some layers too.
-
-    The network need not be written for it. What a network sows by itself counts as a
-    layer too: its path is that of the module, with the name of the value at the end.
-
-    Args:
-      model: the network.
-      layers: paths of layers such as `"encoder/block_3"`, or a function that tells
-        from a path whether the layer is wanted.
-      collection: where to look for values that the network sows.
-
-    Returns:
-      A function with the arguments of `model.apply`. It returns what `model.apply`
-      does, and a dict of features by path; of a layer that is called more than once,
-      a tuple of them.
-
-    Raises:
-      TypeError: if `layers` is a string.
-      ValueError: on calling, if a layer is missing, with the paths that are like it.
-
-    Example:
-      >>> import flax.linen as nn, jax.numpy as jnp
-      >>> model = nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(2)])
-      >>> variables = model.init(jax.random.key(0), jnp.ones((1, 3)))
-      >>> apply = capture_features(model, ["layers_0"])
-      >>> logits, features = apply(variables, jnp.ones((1, 3)))
-      >>> features["layers_0"].shape
-      (1, 4)
-    """
-    _layers.check_layers(layers)
-    sown = list({"intermediates", collection})
-
-    def run(variables, args, mutable, kwargs, is_wanted: Callable[[str], bool]):
-        output, updated = model.apply(
-            # Were they passed in, linen would append to the features of earlier calls.
-            {name: tree for name, tree in variables.items() if name not in sown},
-            *args,
-            mutable=union_filters(mutable, sown),
-            capture_intermediates=lambda module, method: (
-                method == "__call__" and is_wanted("/".join(module.path))
-            ),
-            **kwargs,
-        )
-        return output, core.unfreeze(updated)
-
-    def apply(variables, *args, mutable: Any = False, **kwargs):
-        output, updated = run(
-            variables, args, mutable, kwargs, lambda p: _layers.is_wanted(layers, p)
-        )
-        found = {}
-        for name in sown:
-            flat = traverse_util.flatten_dict(updated.get(name, {}), sep="/")
-            for path, value in flat.items():
-                found[_layers.without_call(path)] = _layers.single(value)
-
-        def all_names():
-            names = set(found)
-
-            def note(path):
-                names.add(path)
-                return False
-
-            jax.eval_shape(lambda: run(variables, args, mutable, kwargs, note)[1])
-            return sorted(names)
-
-        features = _layers.pick_layers(layers, found, all_names)
-        if mutable is False:
-            return output, features
-        kept = {k: v for k, v in updated.items() if in_filter(mutable, k)}
-        return (output, kept), features
-
-    return apply
 
 
 def train_step(
@@ -180,6 +103,9 @@ def train_step(
         number of the step is folded.
         `teacher` is the variables of the pretrained network; not those of `state` if
         that is donated, but a copy.
+
+    Warns, as it is traced, of parameters that the optimizer freezes behind one of this
+    library's transformations, whose inner products and norms they inflate.
 
     Raises:
       TypeError: if `regularizer` is not a function.
@@ -272,6 +198,7 @@ def train_step(
             (values, (new_stats, metrics)), grads = value_and_pair(state.params)
             metrics = {"loss": values[0], "regularizer": values[1], **metrics}
 
+        warn_of_freezing(state.tx, grads, state.opt_state, state.params)
         new_stats = _like(batch_stats, new_stats)
         state = state.apply_gradients(grads=grads)
         if jax.tree.leaves(new_stats):

@@ -11,8 +11,10 @@ from flax.nnx import filterlib
 from dtnh_jax import _gradients
 from dtnh_jax._gradients import GradientPair
 from dtnh_jax.capture import layers as _layers
+from dtnh_jax.capture import stacks
 from dtnh_jax.capture.layers import Layers
 from dtnh_jax.capture.nnx_calls import scale_features, wrapped_calls
+from dtnh_jax.capture.nnx_versions import captured, modules_of, sown_by, value_of
 
 __all__ = [
     "capture_features",
@@ -21,6 +23,7 @@ __all__ = [
     "value_and_gradient_pair",
 ]
 
+_OUTPUT = "#output"  # of a layer, among what it sows: no attribute has the name
 M = TypeVar("M", bound=nnx.Module)
 State = Any  # nnx.State, whose type parameters runtime checkers cannot read
 
@@ -82,7 +85,7 @@ def value_and_gradient_pair(
       ...     return loss, regularizer
       >>> x, y = jnp.ones((2, 4)), jnp.array([0, 2])
       >>> loss, regularizer = step(model, optimizer, teacher, x, y)
-      >>> print(optimizer.step.get_value())
+      >>> print(optimizer.step[...])
       1
     """
     is_wanted = filterlib.to_predicate(wrt)
@@ -134,7 +137,9 @@ def capture_features(model: nnx.Module, layers: Layers) -> Callable[..., Any]:
 
     The network need not be written for it. What a network sows as `nnx.Intermediate`
     counts as a layer too: its path is that of the module, with the name of the value
-    at the end.
+    at the end. Layers in an `nnx.scan` or `nnx.vmap` are captured one by one, with
+    their index at the end of the path: `"blocks/mlp"` has the features
+    `"blocks/mlp/0"`, `"blocks/mlp/1"` and so on, and each of them can be asked for.
 
     Args:
       model: the network.
@@ -163,25 +168,47 @@ def capture_features(model: nnx.Module, layers: Layers) -> Callable[..., Any]:
     def call(*args, **kwargs):
         # Capturing adds attributes: to new modules with the variables of the old ones,
         # because in a derivative the modules from outside cannot be changed.
-        network = nnx.recursive_map(lambda path, node: node, model)
+        network = nnx.merge(*nnx.split(model))
         modules = {
-            "/".join(map(str, path)): module
-            for path, module in nnx.iter_modules(network)
+            "/".join(map(str, path)): module for path, module in modules_of(network)
         }
-        classes = {
+        wanted = {
             type(module)
             for path, module in modules.items()
-            if _layers.is_wanted(layers, path) and callable(module)
+            if _layers.holds_wanted(layers, path) and callable(module)
         }
-        with wrapped_calls(classes, _sow_output):
-            run = nnx.capture(lambda net: net(*args, **kwargs), nnx.Intermediate)
-            output, captured = run(network)
+
+        def sow(module, output):
+            """Sows an output, and beside all that is sown a mark, see `stacks`."""
+            own = sown_by(module)
+            if own is None:
+                return output
+            if type(module) in wanted:
+                module.sow(nnx.Intermediate, _OUTPUT, output)
+                own[_OUTPUT] = (*own.get(_OUTPUT, ()), output)
+            for name, value in own.items():
+                if not name.endswith(stacks.SUFFIX):
+                    module.sow(
+                        nnx.Intermediate,
+                        name + stacks.SUFFIX,
+                        stacks.marks(value),
+                        init_fn=lambda: None,
+                        reduce_fn=lambda _, new: new,
+                    )
+            return output
+
+        classes = {type(module) for module in modules.values() if callable(module)}
+        with wrapped_calls(classes, sow):
+            output, flat = captured(network, lambda net: net(*args, **kwargs))
         found = {}
-        for path, variable in nnx.to_flat_state(captured):
-            layer = _layers.without_call("/".join(map(str, path)))
+        for path, value in flat.items():
+            layer = path.removesuffix(_OUTPUT).removesuffix("/")
+            is_mark = path.endswith(stacks.SUFFIX)
             # Other layers of the same classes were captured with those wanted.
-            if layer not in modules or _layers.is_wanted(layers, layer):
-                found[layer] = _layers.single(variable.get_value())
+            is_other = layer in modules and not _layers.holds_wanted(layers, layer)
+            if not is_mark and not is_other:
+                parts = stacks.unstacked(value, flat.get(path + stacks.SUFFIX))
+                found[layer] = {i: _layers.single(each) for i, each in parts.items()}
 
         def all_names():
             return sorted({*modules, *found})
@@ -239,11 +266,4 @@ def _changes(old: State, new: State) -> State:
 
 
 def _value(leaf: Any) -> Any:
-    return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
-
-
-def _sow_output(module: Any, output: Any) -> Any:
-    """Sows what a layer returned, in networks that run under `nnx.capture`."""
-    if hasattr(module, "__captures__"):
-        module.sow(nnx.Intermediate, "__call__", output)
-    return output
+    return value_of(leaf) if isinstance(leaf, nnx.Variable) else leaf

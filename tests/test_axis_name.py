@@ -9,10 +9,10 @@ import re
 
 import chex
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import optax
+import programs
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -137,7 +137,7 @@ def count_sums(jaxpr):
     found = 0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         found += equation.primitive.name in kinds
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+        for inner in programs.inner(equation.params):
             found += count_sums(inner)
     return found
 
@@ -199,7 +199,7 @@ def test_data_parallel_gradients_are_averaged_first_and_need_no_axis_name(mappin
     def of_part(params, x):
         own = params
         if mapping == "shard_map":  # else the gradients come summed over devices
-            own = jax.lax.pcast(params, "data", to="varying")
+            own = programs.varying(params, "data")
         _, pair = value_and_gradient_pair(objective)(own, x)
         return step(dtnh(2.0), params, jax.lax.pmean(pair, "data"))
 

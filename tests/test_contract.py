@@ -7,10 +7,10 @@ from functools import cache, partial
 
 import chex
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import optax
+import programs
 import pytest
 
 from dtnh_jax import (
@@ -118,7 +118,7 @@ def primitives(jaxpr):
     found = []
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         found.append(equation.primitive.name)
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+        for inner in programs.inner(equation.params):
             found += primitives(inner)
     return found
 
@@ -283,6 +283,37 @@ def test_hyperparameters_can_be_injected(factory, arguments, static):
             same(updates, wanted)
             states = plain_state, injected_state
         assert "strength" in states[1].hyperparams
+
+
+@pytest.mark.parametrize("factory", [dtnh, never_hurt])
+def test_decays_that_half_precision_has_rounded_to_one(factory):
+    """Injected hyperparameters have the dtype of the parameters, and 0.999 is 1 there.
+
+    Their value cannot be seen under jit: the largest decay below 1 stands in for it.
+    """
+    params = jnp.ones(3, jnp.bfloat16)
+    g, r = jnp.array([1.0, 2.0, 0.0]), jnp.array([-1.0, 0.0, 1.0])
+    rounded = optax.inject_hyperparams(factory)(strength=1.0, ema_decay=0.999)
+    with pytest.raises(ValueError, match=r"got 1.*give it `hyperparam_dtype"):
+        rounded.init(params)
+    with pytest.warns(UserWarning, match=r"`ema_decay` .* at most 0.9961.*float32"):
+        found = average(rounded, params, g, r)
+    exact = optax.inject_hyperparams(factory, hyperparam_dtype=jnp.float32)
+    for injected, is_near in ((0.99609375, True), (0.999, False)):
+        tx = exact(strength=1.0, ema_decay=injected)
+        wanted = average(tx, params, g, r)
+        assert np.allclose(found, wanted, rtol=1e-5) == is_near
+
+
+def average(tx, params, g, r):
+    """The moving average of three gradients, or of their squares."""
+    state, update = jax.jit(tx.init)(params), jax.jit(tx.update)
+    for factor in (1.0, -3.0, 2.0):
+        updates, state = update(factor * g, state, params, regularizer_grads=r)
+    assert np.isfinite(updates).all()
+    assert conflict_metrics(state)["skipped"] == 0
+    inner = state.inner_state
+    return inner.ema if hasattr(inner, "ema") else inner.mean_square
 
 
 def test_multi_steps_takes_what_takes_plain_gradients():

@@ -163,6 +163,19 @@ def test_the_regularizer_may_have_an_optimizer_of_its_own():
     chex.assert_trees_all_equal(state.regularizer_optimizer, own_state)
 
 
+def test_the_regularizer_s_optimizer_gets_the_value_of_the_loss_too():
+    """With it, it may halve its step where the loss does not fall."""
+    plateau = optax.contrib.reduce_on_plateau(0.5, patience=1)
+    own = optax.chain(optax.sgd(1.0), plateau)
+    tx = decoupled(optax.sgd(0.1), 0.5, regularizer_optimizer=own)
+    g = {"w": jnp.array([1.0, -2.0])}
+    state, lengths = tx.init(g), []
+    for _ in range(3):
+        updates, state = tx.update(GradientPair(g, g), state, g, value=1.0)
+        lengths.append(updates["w"][0])
+    np.testing.assert_allclose(lengths, [-0.6, -0.35, -0.225], rtol=1e-6)
+
+
 def test_several_regularizers_each_with_its_own_state():
     params = random_tree(0)
     pulls = {"decay": l2(), "sp": l2_sp(random_tree(1))}

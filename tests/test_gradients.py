@@ -4,9 +4,9 @@ from collections import Counter
 
 import chex
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 
 from dtnh_jax import GradientPair, value_and_gradient_pair
@@ -38,7 +38,7 @@ def count(fun, primitive, *args):
         found = Counter()
         for equation in jaxpr.eqns:
             found[equation.primitive.name] += 1
-            for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            for inner in programs.inner(equation.params):
                 found += walk(inner)
         return found
 

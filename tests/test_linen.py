@@ -1,5 +1,7 @@
 """Train steps for linen: one forward pass, batch statistics once, a frozen teacher."""
 
+from functools import partial
+
 import chex
 import flax.linen as nn
 import jax
@@ -8,6 +10,8 @@ import numpy as np
 import optax
 import pytest
 from flax.core import freeze
+from flax.linen import fp8_ops
+from flax.training import train_state
 
 from dtnh_jax import (
     GradientPair,
@@ -211,6 +215,82 @@ def test_networks_without_batch_statistics_or_dropout():
     _, before = step(state, x)
     _, after = step(step(state, x)[0], x)
     assert after["loss"] < before["loss"]
+
+
+@pytest.mark.parametrize("names", [(), ("a", "b")], ids=["one", "several"])
+def test_scales_of_layers_in_8_bits_are_those_of_the_loss(names):
+    """Flax overwrites them with what comes in the place of their gradients."""
+    model, x = nn.Dense(4, dot_general_cls=fp8_ops.Fp8DotGeneralOp), jnp.ones((2, 4))
+    variables = model.init(KEY, x)
+
+    def train(variables, x, tx, names):
+        state = train_state.TrainState.create(
+            apply_fn=model.apply, params=variables, tx=tx
+        )
+        for _ in range(2):
+            grads = jax.grad(lambda p: jnp.sum(model.apply(p, x) ** 2))(state.params)
+            if names is not None:
+                zero = jax.tree.map(jnp.zeros_like, grads)
+                grads = GradientPair(grads, dict.fromkeys(names, zero) or zero)
+            state = state.apply_gradients(grads=grads)
+        return state.params
+
+    strength = dict.fromkeys(names, 1.0) or 1.0
+    resolved = optax.chain(dtnh(strength), optax.sgd(0.1))
+    found = jax.jit(partial(train, tx=resolved, names=names))(variables, x)
+    plain = partial(train, tx=optax.sgd(0.1), names=None)
+    chex.assert_trees_all_close(found, jax.jit(plain)(variables, x), rtol=1e-5)
+    scales = found["_overwrite_with_gradient"]
+    assert np.all(jax.tree.leaves(scales)[1] != 1)
+
+
+FROZEN = {"body": False, "head": True}
+FREEZE = {
+    "masked": optax.masked(optax.set_to_zero(), {"body": True, "head": False}),
+    "partition": optax.partition(
+        {"yes": optax.adam(0.1), "no": optax.set_to_zero()},
+        {"body": "no", "head": "yes"},
+    ),
+}
+
+
+def step_of_two_layers(tx, has_regularizer=True):
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2, name="head")(nn.tanh(nn.Dense(3, name="body")(x)))
+
+    model, x = Two(), jnp.ones((2, 4))
+    state = linen.TrainState.create(apply_fn=model.apply, tx=tx, **model.init(KEY, x))
+
+    def regularizer(student, teacher, x):
+        return jnp.mean(student.output)
+
+    step = linen.train_step(
+        model,
+        lambda net, x, train: net(x),
+        lambda out, x: jnp.sum(out**2),
+        regularizer if has_regularizer else None,
+    )
+    return jax.eval_shape(step, state, x)
+
+
+@pytest.mark.parametrize("how", FREEZE)
+@pytest.mark.parametrize("has_regularizer", [True, False])
+def test_freezing_too_late_is_warned_of(how, has_regularizer):
+    def add(**options):
+        pull = add_regularizer(regularizers.l2(), 0.1, **options)
+        return dtnh(0.1, **options) if has_regularizer else pull
+
+    with pytest.warns(UserWarning, match=r"freezes 'body/bias' and 1 more .* `mask`"):
+        step_of_two_layers(optax.chain(add(), FREEZE[how]), has_regularizer)
+    # Nothing of other parameters depends on them here, or they are trained.
+    for tx in (
+        optax.chain(add(mask=FROZEN), FREEZE[how]),
+        optax.chain(add(scope="leaf"), FREEZE[how]),
+        optax.chain(add(), optax.adam(0.1)),
+    ):
+        step_of_two_layers(tx, has_regularizer)
 
 
 def test_frozen_statistics_stay_frozen_dicts():

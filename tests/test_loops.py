@@ -6,11 +6,11 @@ import chex
 import equinox as eqx
 import flax.linen as nn
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+import programs
 import pytest
 from jax import export
 
@@ -258,7 +258,7 @@ def primitives(jaxpr):
     names = set()
     for equation in jaxpr.eqns:
         names.add(equation.primitive.name)
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+        for inner in programs.inner(equation.params):
             names |= primitives(inner)
     return names
 

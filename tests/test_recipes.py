@@ -458,7 +458,7 @@ def layers_by_hand(activation, regularizer, names: Names, start):
 def with_nnx(names: Names):
     losses = names["losses"]
     assert losses[-1] < 0.7 * losses[0]
-    assert names["optimizer"].step.get_value() == len(losses)
+    assert names["optimizer"].step[...] == len(losses)
 
     def weights(layers):
         return [np.asarray(x) for each in layers for x in (each.kernel, each.bias)]

@@ -2,10 +2,10 @@
 
 import chex
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import optax
+import programs
 import pytest
 
 from dtnh_jax import (
@@ -177,7 +177,7 @@ def operations(jaxpr):
     found = []
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         found.append(equation.primitive.name)
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+        for inner in programs.inner(equation.params):
             found += operations(inner)
     return found
 

@@ -184,8 +184,8 @@ def test_the_fisher_of_an_nnx_module_weighs_its_pull():
     moved = jax.tree.map(lambda x: x + 1.0, params)
     gradient = jax.jit(lambda pull, p: pull.gradient(p))(pull, moved)
     np.testing.assert_allclose(
-        gradient["body"]["kernel"].get_value(),
-        fisher["body"]["kernel"].get_value(),
+        gradient["body"]["kernel"][...],
+        fisher["body"]["kernel"][...],
         rtol=1e-5,
     )
 

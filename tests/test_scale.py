@@ -56,6 +56,9 @@ def peak(make, has_pair):
     return seen.temp_size_in_bytes + seen.argument_size_in_bytes + kept
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 9), reason="an older XLA needs up to a sixth more"
+)
 @pytest.mark.parametrize(
     ("make", "has_pair"),
     [

@@ -343,6 +343,8 @@ def test_a_traced_source_is_not_written_into_the_program():
 @each_mesh
 @pytest.mark.parametrize("memory_kind", [None, "pinned_host"])
 def test_the_copy_is_sharded_like_the_source_and_nothing_is_gathered(kind, memory_kind):
+    if memory_kind and kind == AxisType.Explicit and jax.__version_info__ < (0, 9):
+        pytest.skip("an older XLA cannot fetch from host memory on explicit meshes")
     mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
     sharding = NamedSharding(mesh, P("x", None))
     source = jax.device_put(jnp.arange(32.0).reshape(16, 2), sharding)

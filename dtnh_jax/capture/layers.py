@@ -15,6 +15,20 @@ def is_wanted(layers: Layers, path: str) -> bool:
     return bool(layers(path)) if callable(layers) else path in layers
 
 
+def holds_wanted(layers: Layers, path: str) -> bool:
+    """Whether a path, or that of one layer of a scan there, is among the layers."""
+    if callable(layers) or is_wanted(layers, path):
+        return is_wanted(layers, path)
+    return any(
+        each.startswith(f"{path}/") and _is_index(each[len(path) + 1 :])
+        for each in layers
+    )
+
+
+def _is_index(path: str) -> bool:
+    return all(part.isdecimal() for part in path.split("/"))
+
+
 def check_layers(layers: Layers) -> None:
     """Raises TypeError for a lone string, which would be taken for its letters."""
     if isinstance(layers, str):
@@ -36,40 +50,56 @@ def single(value: Any) -> Any:
 
 
 def pick_layers(
-    layers: Layers, found: Mapping[str, Any], all_names: Callable[[], Sequence[str]]
+    layers: Layers,
+    found: Mapping[str, Mapping[str, Any]],
+    all_names: Callable[[], Sequence[str]],
+    why_lost: str = "",
 ) -> dict[str, Any]:
     """Returns the features of the layers, in the order in which they are asked for.
 
     Args:
       layers: paths, or a function that tells from a path.
-      found: what was captured, by path.
+      found: what was captured, by path, and there by index: `""` where there is none.
       all_names: returns every path that there is. Called only if one is missing.
+      why_lost: why a layer at one of these paths is not in `found`.
 
     Raises:
       ValueError: if a layer is missing, with the paths that are most like it.
     """
+    names = {
+        path: {index: f"{path}/{index}" if index else path for index in parts}
+        for path, parts in found.items()
+    }
+    flat = {names[p][i]: x for p, parts in found.items() for i, x in parts.items()}
 
     def layer_names():
-        return [name for name in all_names() if name]
+        return [name for name in {*all_names(), *flat} if name]
 
     if callable(layers):
-        picked = {path: value for path, value in found.items() if layers(path)}
-        if not picked:
+        wanted = [path for path in found if is_wanted(layers, path)]
+        if not wanted:
             raise ValueError(
                 "`layers` must pick out a layer of the network, got none among "
-                f"{_listed(layer_names())}."
+                f"{_listed(sorted(layer_names()))}."
             )
-        return picked
+        return {name: flat[name] for path in wanted for name in names[path].values()}
+    picked = {}
     for path in layers:
-        if path not in found:
-            names = layer_names()
-            near = difflib.get_close_matches(path, names, n=5, cutoff=0.4)
-            near_or_all = _listed(near or names)
+        if path in flat:
+            picked[path] = flat[path]
+        elif path in names:
+            picked |= {name: flat[name] for name in names[path].values()}
+        else:
+            others = sorted(layer_names())
+            if path in others and why_lost:
+                raise ValueError(f"`layers` must be captured, got {path!r}{why_lost}")
+            near = difflib.get_close_matches(path, others, n=5, cutoff=0.4)
+            near_or_all = _listed(near or others)
             raise ValueError(
                 f"`layers` must be paths of layers that the network calls, got "
                 f"{path!r}. {'Near it' if near else 'There'} are {near_or_all}."
             )
-    return {path: found[path] for path in layers}
+    return picked
 
 
 def _listed(names: Sequence[str], most: int = 12) -> str:

@@ -60,7 +60,7 @@ def scale_features(model: nn.Module, layers: Layers) -> Callable[..., Any]:
             called.add(path)
             if not _layers.is_wanted(layers, path):
                 return output
-            scaled[path] = True
+            scaled[path] = {"": True}
             return _scales.scale(output, scales, path)
 
         with nn.intercept_methods(intercept):

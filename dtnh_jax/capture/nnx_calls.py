@@ -12,6 +12,7 @@ from jaxtyping import Array
 from dtnh_jax.capture import layers as _layers
 from dtnh_jax.capture import scales as _scales
 from dtnh_jax.capture.layers import Layers
+from dtnh_jax.capture.nnx_versions import modules_of
 
 # Methods of classes are replaced while a network runs: one network at a time.
 _lock = threading.RLock()
@@ -52,12 +53,11 @@ def scale_features(model: nnx.Module, layers: Layers) -> Callable[..., Any]:
 
     def call(scales: Mapping[str, Array], *args, **kwargs):
         paths = {
-            id(module): "/".join(map(str, path))
-            for path, module in nnx.iter_modules(model)
+            id(module): "/".join(map(str, path)) for path, module in modules_of(model)
         }
         wanted = {
             type(module)
-            for _, module in nnx.iter_modules(model)
+            for _, module in modules_of(model)
             if _layers.is_wanted(layers, paths[id(module)]) and callable(module)
         }
         scaled = {}
@@ -66,7 +66,7 @@ def scale_features(model: nnx.Module, layers: Layers) -> Callable[..., Any]:
             path = paths.get(id(module), "")
             if not _layers.is_wanted(layers, path):
                 return output
-            scaled[path] = True
+            scaled[path] = {"": True}
             return _scales.scale(output, scales, path)
 
         with wrapped_calls(wanted, after):

@@ -79,7 +79,7 @@ def diagonal_fisher(
       >>> fisher = diagonal_fisher(
       ...     logits, params, [batch], labels=lambda batch: batch["y"]
       ... )
-      >>> fisher["kernel"].get_value().shape
+      >>> fisher["kernel"][...].shape
       (2, 3)
 
     References:

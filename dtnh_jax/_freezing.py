@@ -1,0 +1,92 @@
+"""Parameters that an optimizer freezes behind a transformation of this library.
+
+Their gradients still count in its inner products and norms, where they are noise.
+"""
+
+import warnings
+from typing import Any
+
+import jax
+import optax
+from jax.extend import core
+
+from dtnh_jax import _trees
+from dtnh_jax._geometry import Measured
+from dtnh_jax._gradients import GradientPair
+
+
+def warn_of_freezing(
+    tx: optax.GradientTransformation,
+    grads: optax.Updates | GradientPair,
+    state: optax.OptState,
+    params: optax.Params,
+) -> None:
+    """Warns of parameters that are frozen where it is too late.
+
+    Looks at the program of an update: a parameter is frozen if its update depends on
+    nothing, and too late if the updates of others depend on its gradient, and what a
+    transformation of this library has measured does, too.
+
+    Args:
+      tx: an optimizer.
+      grads: what its `update` gets.
+      state: its state.
+      params: the parameters.
+    """
+    loss = grads.loss if isinstance(grads, GradientPair) else grads
+    leaves, treedef = jax.tree.flatten(loss)
+
+    def update(leaves, grads, state, params):
+        loss = jax.tree.unflatten(treedef, leaves)
+        pair = grads._replace(loss=loss) if isinstance(grads, GradientPair) else loss
+        updates, state = tx.update(pair, state, params)
+        inner = jax.tree.leaves(state, is_leaf=_is_measured)
+        return jax.tree.leaves(updates), [x.sums for x in inner if _is_measured(x)]
+
+    rest = None if grads is loss else grads
+    program, shapes = jax.make_jaxpr(update, return_shape=True)(
+        leaves, rest, state, params
+    )
+    found = _dependencies(program.jaxpr)
+    of_updates, of_sums = found[: len(shapes[0])], found[len(shapes[0]) :]
+    if len(of_updates) != len(leaves):
+        return
+    others, measured = 0, 0
+    for each in of_updates:
+        others |= each
+    for each in of_sums:
+        measured |= each
+    paths = zip(_trees.names(loss), _trees.flatten(loss)[0])
+    names = [name for name, leaf in paths if not _trees.is_missing(leaf)]
+    late = [
+        name
+        for i, name in enumerate(names)
+        if not of_updates[i] and (others & measured) >> i & 1
+    ]
+    if late:
+        more = f" and {len(late) - 1} more" if len(late) > 1 else ""
+        warnings.warn(
+            f"The optimizer freezes '{late[0]}'{more} behind a transformation of "
+            "dtnh_jax, in whose inner products and norms the gradients of frozen "
+            "parameters count. Give that transformation a `mask` of what is trained.",
+            stacklevel=3,
+        )
+
+
+def _is_measured(node: Any) -> bool:
+    return isinstance(node, Measured)
+
+
+def _dependencies(program: core.Jaxpr) -> list[int]:
+    """For each output the inputs that it may depend on, as bits of a number."""
+    known = {variable: 1 << i for i, variable in enumerate(program.invars)}
+
+    def of(atom):
+        return 0 if isinstance(atom, core.Literal) else known.get(atom, 0)
+
+    for equation in program.eqns:
+        bits = 0
+        for atom in equation.invars:
+            bits |= of(atom)
+        known.update(dict.fromkeys(equation.outvars, bits))
+    return [of(atom) for atom in program.outvars]
