@@ -2,7 +2,7 @@
 
 from dtnh_jax import regularizers, rules
 from dtnh_jax._accumulate import accumulate_pairs
-from dtnh_jax._choose_trust import TrustChoice, choose_trust
+from dtnh_jax._choose_trust import TrustChoice, choose_trust, smooth_accuracy
 from dtnh_jax._decoupled import cautious, decoupled
 from dtnh_jax._gradients import GradientPair, value_and_gradient_pair
 from dtnh_jax._metrics import conflict_metrics, first_order_harm
@@ -33,5 +33,6 @@ __all__ = [
     "regularizers",
     "resolve_conflicts",
     "rules",
+    "smooth_accuracy",
     "value_and_gradient_pair",
 ]

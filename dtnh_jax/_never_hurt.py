@@ -63,8 +63,9 @@ def never_hurt(
 
     Only held-out examples can tell how far to trust it. There are two ways:
 
-    - **Few examples**: give `trust` the level that `choose_trust` finds by
-      cross-validation. Levels from 0.1 to 3 cover all strengths.
+    - **Few examples**: give `trust` what `choose_trust` finds by cross-validation: 1 or
+      0, to trust it or not. With 1 the regularizer's part is as long as the loss
+      gradient at most.
     - **Many examples, one pass**: leave `trust` out and pass `held_out_grads`, the
       gradient of a loss on examples that are not trained on, at every step or every
       few. Trust rises while the moving average of its cosine with `r` is above 0, and

@@ -117,7 +117,9 @@ def test_pcd_makes_the_least_progress_that_is_asked_for():
 def numbers(values, target, right):
     """What a method comes to, with one seed."""
     found = {axis: [[x] for x in target] for axis in measure.AXES}
-    return {"values": values, "right": [[folds] for folds in right], **found}
+    judged = [[folds] for folds in right]
+    judges = {"right": judged, "smooth": judged, "probability": judged}
+    return {"values": values, **judges, **found}
 
 
 def test_rivals_choose_on_the_first_fold_and_trust_races_over_all():
@@ -135,6 +137,9 @@ def test_rivals_choose_on_the_first_fold_and_trust_races_over_all():
     assert found.values == [0.0]
     assert found.axes["target"] == [50.0]
     assert found.trainings == [1 + 2 + 2 + 2]  # the fourth fold is not needed
+    # More levels are looked at than race.
+    more = numbers([1.0, 3.0], [70.0, 90.0], [["1111"] * 4, ["1111"] * 4])
+    assert choice.outcome_of("trust", plain, more).values == [1.0]
 
 
 def test_a_loss_within_the_margin_has_to_be_shown():
@@ -218,7 +223,7 @@ def test_the_table_is_of_differences_to_plain_fine_tuning(tiny_cells, tmp_path, 
     plain = np.array(tiny_cells[0]["methods"]["plain"]["target"][0])
     sums = np.array(tiny_cells[1]["methods"]["sum"]["target"])
     assert cell["best"] == pytest.approx(max(0, (sums - plain).mean(1).max()))
-    assert {"trust", "sum", "sum-raced", "ftp", "wise-ft"} <= set(found["methods"])
+    assert {"trust", "sum", "one-pass", "ftp", "wise-ft"} <= set(found["methods"])
     (tmp_path / "cells").mkdir()
     for each in tiny_cells:
         path = tmp_path / "cells" / f"{each['regularizer']}.json"

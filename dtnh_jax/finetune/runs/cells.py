@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from rich.console import Console
 
-from dtnh_jax import TrustChoice
+from dtnh_jax import TrustChoice, smooth_accuracy
 from dtnh_jax.finetune.data import loading
 from dtnh_jax.finetune.methods import Method
 from dtnh_jax.finetune.runs import (
@@ -104,7 +104,7 @@ def _result(
     elif is_open:
         display.skip(race.MOST_TRAININGS)
     text = f"{cell.name}: accuracy {100 * result['accuracy']:.1f}%"
-    if "trust" in result:
+    if "trainings" in result:
         text += f" with trust {result['trust']:g}, {result['trainings']} trainings"
     display.end(f"{text}, {result['seconds']:.0f} s")
     return result
@@ -123,7 +123,7 @@ def _race(
         one = cell._replace(trust=trust, fold=fold)
         result = _result(experiment, folder, one, held_out_set, display)
         seconds.append(result["seconds"])
-        return 1.0 * (np.array(result["predictions"]) == held_out_set().labels)
+        return np.array(result["scores"])
 
     choice = race.choose(labels, cell.seed, train)
     display.skip(race.MOST_TRAININGS - len(seconds))
@@ -157,7 +157,11 @@ def _run_cell(
     examples = evaluation_set()
     devices = experiment.mesh.size
     together = -(-_EVALUATED_TOGETHER // devices) * devices
-    predicted = loop.predictions(experiment.predict, state, known, examples, together)
+    logits = loop.logits_of(experiment.predict, state, known, examples, together)
+    predicted = logits.argmax(axis=1).tolist()
+    if cell.fold is not None:
+        scores = smooth_accuracy(np.nan_to_num(logits), examples.labels)
+        chosen = {"trust": cell.trust, "scores": scores.tolist()}
     accuracy, balanced_accuracy = accuracies(examples.labels, predicted)
     result = {
         "method": cell.method.name,

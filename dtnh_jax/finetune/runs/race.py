@@ -8,7 +8,7 @@ from jaxtyping import Int
 from dtnh_jax import TrustChoice, choose_trust
 from dtnh_jax._choose_trust import cut_in_folds
 
-MOST_TRAININGS = 8  # of one race, see `choose_trust`
+MOST_TRAININGS = 8  # of one race: two levels on four folds
 _FOLDS = 4
 
 
@@ -32,8 +32,8 @@ def choose(
     Args:
       labels: of the training set.
       seed: of the cut into folds.
-      train: of a level and a fold: trains without that fold, and returns which of its
-        photographs are classified as their label.
+      train: of a level and a fold: trains without that fold, and returns the scores of
+        its photographs.
     """
     held_out_by = folds(labels, seed)
 

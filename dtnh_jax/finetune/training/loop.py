@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from dtnh_jax.finetune.data.loading import Examples, evaluation_batches
 from dtnh_jax.finetune.training import meshes
@@ -31,10 +31,10 @@ __all__ = [
     "State",
     "Trainer",
     "Variables",
+    "logits_of",
     "look",
     "make_predictor",
     "make_trainer",
-    "predictions",
     "starting_variables",
     "teacher_layers",
     "train",
@@ -129,15 +129,15 @@ def _what_is_wrong(step: int, state: State, metrics: Metrics) -> str:
 def make_predictor(
     source: Source, network: Any, mesh: Mesh | None = None
 ) -> Callable[..., Array]:
-    """Returns a compiled function of (state, known, batch) to class numbers."""
+    """Returns a compiled function of (state, known, images) to logits."""
     mesh = meshes.make_mesh() if mesh is None else mesh
 
     @jax.jit
-    def of_variables(params, batch_stats, source_params, images) -> Int[Array, " b"]:
+    def of_variables(params, batch_stats, source_params, images) -> Float[Array, "b c"]:
         params = network_params(params, source_params)
         variables = {"params": params, "batch_stats": batch_stats}
         logits = network.apply(variables, source.preprocess(images), train=False)
-        return meshes.whole(mesh, jnp.argmax(logits, axis=-1))
+        return meshes.whole(mesh, jnp.asarray(logits, jnp.float32))
 
     def predict(state: State, known: Known, images: Any) -> Array:
         return of_variables(
@@ -150,14 +150,14 @@ def make_predictor(
     return predict
 
 
-def predictions(
+def logits_of(
     predict: Callable[..., Array],
     state: State,
     known: Known,
     examples: Examples,
     batch_size: int = 100,
-) -> list[int]:
-    """The class that a network finds most likely, for every example.
+) -> Float[np.ndarray, "n classes"]:
+    """The logits of a network, for every example.
 
     Args:
       predict: of `make_predictor`.
@@ -170,4 +170,4 @@ def predictions(
         np.asarray(predict(state, known, batch["image"]))[batch["mask"]]
         for batch in evaluation_batches(examples, batch_size)
     ]
-    return np.concatenate(found).tolist()
+    return np.concatenate(found)

@@ -1,6 +1,7 @@
 """One cell of the study: a pair, an optimizer and a regularizer, all methods."""
 
 import functools
+import itertools
 import json
 import pathlib
 import time
@@ -9,7 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from scipy import special
 
+from dtnh_jax import smooth_accuracy
 from dtnh_jax.linen import capture_features
 from dtnh_jax.studies.trust import catalogue, measure, tasks
 from dtnh_jax.studies.trust.catalogue import FOLDS, METHODS, PAIRS
@@ -40,7 +43,7 @@ class Setting(NamedTuple):
     data: Data
     folds: list[list[np.ndarray]]  # rows held out, by seed and fold
     measure: Callable[[Any], measure.Axes]
-    right: Callable[[Any, Any, Any], Any]
+    logits: Callable[[Any, Any], Any]
 
 
 @functools.lru_cache(maxsize=1)
@@ -88,7 +91,7 @@ def setting(name: str, seeds: tuple[int, ...], data_dir: pathlib.Path) -> Settin
         ),
         [task.folds for task in drawn],
         measure.make_measure(network, source, test, unseen),
-        measure.make_right(network),
+        measure.make_logits(network),
     )
 
 
@@ -109,7 +112,8 @@ def run(
     Returns:
       By method: `values`; each axis `[V][S]`; `right`, of held-out examples
       `[V][S][folds]`, which are classified as their label, in the order of their rows,
-      as a string of 0 and 1.
+      as a string of 0 and 1. Of those that race, also `smooth` and `probability`, what
+      other judges say of the same examples, in thousandths.
     """
     place, start = setting(cell.pair, seeds, data_dir), time.monotonic()
     known = known or {"methods": {}, "seconds": 0.0}
@@ -172,28 +176,48 @@ def _run_method(cell, place, name, values):
 def _judge(place: Setting, variables: Any, values: list[float]) -> dict[str, Any]:
     """What networks `[S F V ...]` come to."""
     seeds, folds = jax.tree.leaves(variables)[0].shape[:2]
-    right = []
+    judged: dict[str, Any] = {"right": []}
+    if folds > 2:
+        judged |= {"smooth": [], "probability": []}
     for v in range(len(values)):
-        right.append([])
-        for s in range(seeds):
-            right[-1].append([])
-            for f in range(folds - 1):
-                rows = place.folds[s][f]
-                one = jax.tree.map(lambda x: x[s, f, v], variables)  # noqa: B023
-                hits = place.right(
-                    one, place.data.images[s][rows], place.data.labels[s][rows]
-                )
-                right[-1][-1].append("".join(map(str, np.asarray(hits).astype(int))))
+        for found in judged.values():
+            found.append([[] for _ in range(seeds)])
+        for s, f in itertools.product(range(seeds), range(folds - 1)):
+            rows = place.folds[s][f]
+            one = jax.tree.map(lambda x: x[s, f, v], variables)  # noqa: B023
+            logits = np.asarray(place.logits(one, place.data.images[s][rows]))
+            for name, found in judged.items():
+                found[v][s].append(_JUDGES[name](logits, place.data.labels[s][rows]))
     flat = jax.tree.map(lambda x: x[:, -1].reshape(-1, *x.shape[3:]), variables)
     axes = place.measure(flat)
     return {
         "values": list(values),
-        "right": right,
+        **judged,
         **{
             name: np.round(x.reshape(seeds, -1).T, 4).tolist()
             for name, x in axes.items()
         },
     }
+
+
+def _right(logits: np.ndarray, labels: np.ndarray) -> str:
+    return "".join(map(str, (logits.argmax(axis=1) == labels).astype(int)))
+
+
+def _smooth(logits: np.ndarray, labels: np.ndarray) -> list[int]:
+    return _thousandths(smooth_accuracy(np.nan_to_num(logits), labels))
+
+
+def _probability(logits: np.ndarray, labels: np.ndarray) -> list[int]:
+    shares = special.softmax(np.nan_to_num(logits).astype(np.float64), axis=1)
+    return _thousandths(shares[np.arange(len(labels)), labels])
+
+
+def _thousandths(x: np.ndarray) -> list[int]:
+    return np.round(1000 * x).astype(int).tolist()
+
+
+_JUDGES = {"right": _right, "smooth": _smooth, "probability": _probability}
 
 
 def _joined(values: tuple[float, ...], found: list[dict[str, Any]]) -> dict[str, Any]:

@@ -11,8 +11,21 @@ from dtnh_jax.studies.trust.measure import AXES
 Found = dict[str, Any]  # of a method: `values`, axes `[V][S]`, `right` `[V][S][folds]`
 # Trainings that a rival costs beside those of its values: on all examples at the end.
 _FREE = ("wise-ft", "early")  # one training has all values
-# Levels that race, by method: None for all of its values.
-RACED = {"trust": LEVELS, "trust-one-level": (0.0, 1.0), "sum-raced": None}
+
+
+class Race(NamedTuple):
+    """How `never_hurt`, or a variant of it, chooses its trust."""
+
+    levels: tuple[float, ...] = LEVELS
+    judge: str = "smooth"  # which of a cell's scores
+
+
+RACED = {
+    "trust": Race(),
+    "trust-more-levels": Race((0.0, 0.1, 1.0, 3.0)),
+    "trust-by-accuracy": Race(judge="right"),
+    "trust-by-probability": Race(judge="probability"),
+}
 
 
 class Outcome(NamedTuple):
@@ -51,23 +64,23 @@ def _chosen(name: str, plain: Found, found: Found, seed: int) -> tuple[int, int]
     """The row of a value, from 1, or 0 for plain; and the trainings until then."""
     if not found["right"][0][0]:  # nothing to choose, and a second gradient a step
         return 1, 1
-    right = [_bits(plain["right"][0][seed])]
-    right += [_bits(each[seed]) for each in found["right"]]
+    judge = RACED[name].judge if name in RACED else "right"
+    scores = [_numbers(plain[judge][0][seed])]
+    scores += [_numbers(each[seed]) for each in found[judge]]
     if name in RACED:
         values = [0.0, *found["values"]]
 
         def score(value, fold):
-            return right[values.index(value)][fold]
+            return scores[values.index(value)][fold]
 
-        levels = RACED[name]
-        raced = [x for x in values if levels is None or x in levels]
-        choice = race(score, raced, len(right[0]))
+        raced = sorted(x for x in values if x in RACED[name].levels)
+        choice = race(score, raced, len(scores[0]))
         return values.index(choice.trust), choice.trainings
-    scores = [each[0].sum() for each in right]
-    return int(np.argmax(scores)), 1 if name in _FREE else len(right)
+    totals = [each[0].sum() for each in scores]
+    return int(np.argmax(totals)), 1 if name in _FREE else len(scores)
 
 
-def _bits(folds: list[str]) -> list[Float[np.ndarray, " n"]]:
+def _numbers(folds: list[Any]) -> list[Float[np.ndarray, " n"]]:
     return [np.array(list(fold), float) for fold in folds]
 
 

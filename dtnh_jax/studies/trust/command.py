@@ -13,7 +13,7 @@ from dtnh_jax.finetune import directories, shell
 from dtnh_jax.studies.trust.catalogue import LEARNING_RATES, PAIRS, REGULARIZERS
 from dtnh_jax.studies.trust.config import Config, check
 
-_FIRST_SEED = {"choosing": 0, "final": 100}
+_FIRST_SEED = {"choosing": 0, "final": 200}
 
 
 def run(argv: Sequence[str]) -> int:

@@ -28,11 +28,12 @@ TITLES = {
 }
 # What `never_hurt` is without one of its parts.
 INGREDIENTS = {
-    "trust": "never_hurt",
-    "trust-one-level": "with one level, 1, or nothing",
-    "trust-one-fold": "chosen on one fold, without a race",
-    "sum-raced": "without its bound: the sum, strengths raced over folds",
-    "sum": "without either: the sum, strength chosen on one fold",
+    "trust": "never_hurt: trust 1 or 0, smooth accuracy, a race over four folds",
+    "trust-more-levels": "with levels 0.1 and 3 as well",
+    "trust-by-accuracy": "judged by plain accuracy",
+    "trust-by-probability": "judged by the probability of the label",
+    "trust-one-fold": "levels 0.1, 1 and 3 by plain accuracy on one fold, as rivals",
+    "sum": "the sum, its strength by plain accuracy on one fold",
 }
 _OURS, _SUM, _OTHERS = "#c2410c", "#1d4ed8", "#64748b"
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from dtnh_jax.studies.trust import noninferiority
-from dtnh_jax.studies.trust.choice import best_in_hindsight, outcome_of
+from dtnh_jax.studies.trust.choice import RACED, best_in_hindsight, outcome_of
 from dtnh_jax.studies.trust.measure import AXES
 
 HELP = 2.0  # points that the best strength must gain for a cell to count as one of help
@@ -35,9 +35,7 @@ def summarize(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if each["regularizer"] is None or others is None:
             continue
         methods = {k: v for k, v in others.items() if k != "plain"} | each["methods"]
-        if len(methods["sum"]["right"][0][0]) > 1:  # trained on all folds
-            methods["sum-raced"] = methods["sum"]
-        methods["trust-one-level"] = methods["trust-one-fold"] = methods["trust"]
+        methods |= dict.fromkeys([*RACED, "trust-one-fold"], methods["trust"])
         plain = others["plain"]
         start = {axis: np.array(plain[axis][0]) for axis in AXES}
         found = {}
