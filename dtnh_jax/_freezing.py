@@ -25,7 +25,8 @@ def warn_of_freezing(
 
     Looks at the program of an update: a parameter is frozen if its update depends on
     nothing, and too late if the updates of others depend on its gradient, and what a
-    transformation of this library has measured does, too.
+    transformation of this library has measured does, too. Where each parameter has an
+    inner product of its own there is nothing to warn of.
 
     Args:
       tx: an optimizer.
@@ -41,7 +42,9 @@ def warn_of_freezing(
         pair = grads._replace(loss=loss) if isinstance(grads, GradientPair) else loss
         updates, state = tx.update(pair, state, params)
         inner = jax.tree.leaves(state, is_leaf=_is_measured)
-        return jax.tree.leaves(updates), [x.sums for x in inner if _is_measured(x)]
+        sums = [x.sums for x in inner if _is_measured(x)]
+        shared = [x for x in sums if x.shape[-1] < len(leaves)]
+        return jax.tree.leaves(updates), shared
 
     rest = None if grads is loss else grads
     program, shapes = jax.make_jaxpr(update, return_shape=True)(

@@ -284,7 +284,7 @@ def test_freezing_too_late_is_warned_of(how, has_regularizer):
 
     with pytest.warns(UserWarning, match=r"freezes 'body/bias' and 1 more .* `mask`"):
         step_of_two_layers(optax.chain(add(), FREEZE[how]), has_regularizer)
-    # Nothing of other parameters depends on them here, or they are trained.
+    # They share no inner product with others here, or are trained.
     for tx in (
         optax.chain(add(mask=FROZEN), FREEZE[how]),
         optax.chain(add(scope="leaf"), FREEZE[how]),
