@@ -12,6 +12,7 @@ from dtnh_jax import _gradients
 from dtnh_jax._gradients import GradientPair
 from dtnh_jax.capture import layers as _layers
 from dtnh_jax.capture.layers import Layers
+from dtnh_jax.capture.nnx_adapters import without_adapters
 from dtnh_jax.capture.nnx_calls import scale_features, wrapped_calls
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "frozen_teacher",
     "scale_features",
     "value_and_gradient_pair",
+    "without_adapters",
 ]
 
 M = TypeVar("M", bound=nnx.Module)

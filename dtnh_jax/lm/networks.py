@@ -50,7 +50,7 @@ def read_network(
     graphdef, trained, base = nnx.split(abstract, nnx.LoRAParam, ...)
     read = []
     for path, _ in nnx.to_flat_state(base):
-        name = path[1] if path[0] == "blocks" else path[0]
+        name = str(path[1] if path[0] == "blocks" else path[0])
         if path[0] != "blocks":
             read.append((path, _tensor(model, name).astype(dtype)))
             continue

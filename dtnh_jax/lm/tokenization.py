@@ -53,7 +53,10 @@ def from_vocabulary(vocabulary: Vocabulary) -> Any:
             f"got {vocabulary.splitting}."
         )
     numbers = {token: number for number, token in enumerate(vocabulary.tokens)}
-    merges = [tuple(merge.split(" ", 1)) for merge in vocabulary.merges]
+    merges = [
+        (first, second)
+        for first, _, second in (merge.partition(" ") for merge in vocabulary.merges)
+    ]
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=numbers, merges=merges))
     tokenizer.pre_tokenizer = known[vocabulary.splitting]
     tokenizer.decoder = decoders.ByteLevel()

@@ -206,20 +206,20 @@ def _in_chunks(
     axis = _chunked_axis(logits)
     if axis is None:
         fresh = jnp.ones([1] * logits.ndim, bool)
-        inputs = logits, reference, weights, labels
-        return _whole(direction, *inputs, fresh, with_slope)
+        return _whole(direction, logits, reference, weights, labels, fresh, with_slope)
     length = logits.shape[axis]
     size = -(-length // _CHUNKS)
 
     def add_chunk(i, sums):
         total, slopes = sums
         start = jnp.minimum(i * size, length - size)
-        ours, theirs, weighed, wanted = [
-            None
-            if bits is None
-            else _as_floats(jax.lax.dynamic_slice_in_dim(bits, start, size, axis), like)
-            for bits, like in zip(inputs, (logits, reference, weights, labels))
+        ours, theirs, weighed = [
+            _as_floats(jax.lax.dynamic_slice_in_dim(bits, start, size, axis), like)
+            for bits, like in zip(inputs, (logits, reference, weights))
         ]
+        wanted = labels
+        if labels is not None:
+            wanted = jax.lax.dynamic_slice_in_dim(labels, start, size, axis)
         # The last chunk may begin inside the one before.
         shape = [size if at == axis else 1 for at in range(logits.ndim)]
         positions = start + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
@@ -233,7 +233,7 @@ def _in_chunks(
             )
         return total + part, slopes
 
-    inputs = [_as_bits(x) for x in (logits, reference, weights)] + [labels]
+    inputs = [_as_bits(x) for x in (logits, reference, weights)]
     slopes = jnp.zeros_like(inputs[0]) if with_slope else None
     sums = (jnp.zeros([], jnp.float32), slopes)
     total, slopes = jax.lax.fori_loop(0, -(-length // size), add_chunk, sums)
