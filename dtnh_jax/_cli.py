@@ -12,6 +12,7 @@ _COMMANDS = {
     "export": "dtnh_jax.finetune.reports.export",
     "predict": "dtnh_jax.finetune.reports.predict",
     "report": "dtnh_jax.finetune.reports.html_report",
+    "lm": "dtnh_jax.lm.command",
     "matrix": "dtnh_jax.studies.matrix.command",
 }
 _WITHOUT_A_WORD = "dtnh_jax.finetune.command"

@@ -8,6 +8,7 @@ differ in their dashes too, and bars in their hatching.
 
 from dtnh_jax.plots._style import COLOURS
 from dtnh_jax.plots.conflict import conflict_map
+from dtnh_jax.plots.forgetting import forgetting
 from dtnh_jax.plots.geometry import projection
 from dtnh_jax.plots.harm import harm_rates, worst_cases
 from dtnh_jax.plots.speed import benchmark_ratios
@@ -24,6 +25,7 @@ __all__ = [
     "benchmark_ratios",
     "conflict_map",
     "conflict_over_steps",
+    "forgetting",
     "harm_rates",
     "prediction_grid",
     "projection",

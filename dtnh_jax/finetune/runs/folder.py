@@ -16,9 +16,10 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Callable
 from typing import Any
 
-from dtnh_jax.finetune.config import Config, identity
+from dtnh_jax.finetune.config import identity
 
 
 class OtherConfigurationError(ValueError):
@@ -79,20 +80,27 @@ class Folder:
         return max((x["seconds"] for x in kept if x["cell"] == cell), default=0.0)
 
 
-def check_folder(config: Config) -> None:
+Identify = Callable[[Any], dict[str, Any]]  # of a configuration
+
+
+def check_folder(config: Any, identify: Identify = identity) -> None:
     """Makes sure, without changing anything, that a run may use its folder.
+
+    Args:
+      config: of `dtnh`, or of another command that has a `folder`.
+      identify: returns the options that decide the results.
 
     Raises:
       OtherConfigurationError: it holds another run; names the first option that
         differs.
       ValueError: it holds something else.
     """
-    path, ours = config.folder, identity(config)
+    path, ours = config.folder, identify(config)
     options = path / "config.json"
     if options.exists():
         try:
             # A run that is older than an option was made with its default.
-            theirs = {**identity(Config()), **json.loads(options.read_text())}
+            theirs = {**identify(type(config)()), **json.loads(options.read_text())}
             differing = [key for key in ours if theirs.get(key) != ours[key]]
         except (ValueError, TypeError, OSError) as error:
             raise ValueError(f"{options} is not readable: {error}.") from error
@@ -107,7 +115,9 @@ def check_folder(config: Config) -> None:
         raise ValueError(f"{path} is no run folder and not empty: give another.")
 
 
-def open_folder(config: Config, machine: dict[str, Any]) -> Folder:
+def open_folder(
+    config: Any, machine: dict[str, Any], identify: Identify = identity
+) -> Folder:
     """Opens the folder of a run, new or begun, after `check_folder`.
 
     Raises:
@@ -119,7 +129,7 @@ def open_folder(config: Config, machine: dict[str, Any]) -> Folder:
         if not (path / "config.json").exists():
             write_json(path / "machine.json", machine)
             # Last: from here on it is a run folder.
-            write_json(path / "config.json", identity(config))
+            write_json(path / "config.json", identify(config))
     except OSError as error:
         raise ValueError(f"{path} can not be written: {error}.") from error
     return folder
@@ -146,5 +156,10 @@ def _shown(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value))
     if isinstance(value, dict):
-        return " ".join(f"{key}={number:g}" for key, number in value.items())
+        return " ".join(f"{key}={_shown_number(x)}" for key, x in value.items())
     return str(value)
+
+
+def _shown_number(value: Any) -> str:
+    several = value if isinstance(value, list) else [value]
+    return ",".join(f"{number:g}" for number in several)

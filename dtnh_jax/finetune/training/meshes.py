@@ -7,13 +7,15 @@ Parameters, the state of the optimizer and the pretrained weights are cut over t
 import math
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grain
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+if TYPE_CHECKING:
+    import grain
 
 AXES = ("data", "fsdp")
 
@@ -102,8 +104,8 @@ def place_rows(mesh: Mesh, batch: Any) -> Any:
 
 
 def batches(
-    mesh: Mesh, blocks_of: Callable[[int], grain.MapDataset], batch_size: int
-) -> grain.MapDataset:
+    mesh: Mesh, blocks_of: "Callable[[int], grain.MapDataset]", batch_size: int
+) -> "grain.MapDataset":
     """Reads of every batch the rows that this process's devices train on.
 
     A batch is cut into a block for each device. However many devices and processes
@@ -117,6 +119,8 @@ def batches(
     Returns:
       A dataset whose element at `step` is that step's batch, of arrays on the mesh.
     """
+    import grain  # here, because only pictures are read with it
+
     rows = NamedSharding(mesh, P(AXES))
     places = rows.addressable_devices_indices_map((mesh.size,)).values()
     own = sorted({at[0].start or 0 for at in places if at is not None})
