@@ -16,7 +16,7 @@ _COMMANDS = {
     "matrix": "dtnh_jax.studies.matrix.command",
 }
 _WITHOUT_A_WORD = "dtnh_jax.finetune.command"
-_STUDIES = "dtnh_jax.studies"
+_STUDIES, _LANGUAGE_MODELS = "dtnh_jax.studies", "dtnh_jax.lm"
 _BROKEN_PIPE = 141  # 128 and the number of the signal that it is elsewhere
 
 
@@ -50,7 +50,7 @@ def run(module: str, argv: Sequence[str]) -> int:
         finally:
             sys.stdout.flush()  # here, where a broken pipe is caught
     except ModuleNotFoundError as error:
-        return shell.refuse(_what_is_missing(error.name or ""))
+        return shell.refuse(_what_is_missing(error.name or "", module))
     except KeyboardInterrupt:
         print("Interrupted, before any training.", file=sys.stderr)
         return shell.INTERRUPTED
@@ -60,13 +60,14 @@ def run(module: str, argv: Sequence[str]) -> int:
         return _BROKEN_PIPE
 
 
-def _what_is_missing(name: str) -> str:
+def _what_is_missing(name: str, module: str) -> str:
     if f"{name}.".startswith(f"{_STUDIES}."):
         return (
             "the studies, matrix and benchmarks, are in the repository only: clone it, "
             "and in there pip install -e '.[matrix]'"
         )
-    return f"the package {name} is missing: pip install 'dtnh-jax[matrix]'"
+    extra = "lm" if module.startswith(_LANGUAGE_MODELS) else "matrix"
+    return f"the package {name} is missing: pip install 'dtnh-jax[{extra}]'"
 
 
 if __name__ == "__main__":

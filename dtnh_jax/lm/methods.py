@@ -14,6 +14,7 @@ class Method(NamedTuple):
 
     name: str
     strengths: tuple[float, ...] = (0.0,)  # by default
+    meaning: str = ""  # of a strength, for readers of a report
     regularizer: str | None = None  # of outputs, one of `objectives.OF_OUTPUTS`
     gradients: Gradients = "loss"  # the loss's, that of the sum, or both
     has_held_out: bool = False  # whether gradients of held-out text are of use
@@ -22,14 +23,16 @@ class Method(NamedTuple):
 
 LORA, KL, DECAY, WISE_FT = "lora", "kl", "decay", "wise_ft"
 DTNH, NEVER_HURT = "dtnh", "never_hurt"
-_DECADES = (0.1, 1.0, 10.0)
 
 
 def _of_outputs(name: str) -> tuple[Method, ...]:
+    in_sum = "factor of the KL, in nats per token, in the sum"
+    of_step = "length of the KL's own step, as a multiple of the loss's"
+    of_gradient = "factor of the KL's gradient"
     return (
-        Method(name, _DECADES, name, "sum"),
-        Method(f"{name}+{DTNH}", (1.0,), name, "pair"),
-        Method(f"{name}+{NEVER_HURT}", (1.0,), name, "pair", has_held_out=True),
+        Method(name, (0.1, 1.0, 10.0), in_sum, name, "sum"),
+        Method(f"{name}+{DTNH}", (1.0,), of_step, name, "pair"),
+        Method(f"{name}+{NEVER_HURT}", (1.0,), of_gradient, name, "pair", True),
     )
 
 
@@ -39,17 +42,18 @@ METHODS = {
         Method(LORA),
         *_of_outputs(KL),
         *_of_outputs("masked_kl"),
-        Method(WISE_FT, (0.25, 0.5, 0.75), after=LORA),
-        Method(DECAY, (10.0,)),
+        Method(
+            WISE_FT,
+            (0.25, 0.5, 0.75),
+            "share of the way back to the base model",
+            after=LORA,
+        ),
+        Method(
+            DECAY,
+            (10.0,),
+            "factor of the pull to the base model, as AdamW's weight decay",
+        ),
     )
 }
 # What is compared unless `--methods` says otherwise; `all` there means `METHODS`.
 DEFAULT_METHODS = (LORA, KL, f"{KL}+{DTNH}", f"{KL}+{NEVER_HURT}", WISE_FT, DECAY)
-# What `--strength` is of each method, for readers of a report.
-MEANINGS = {
-    KL: "factor of the KL, in nats per token, in the sum",
-    DTNH: "length of the KL's own step, as a multiple of the loss's",
-    NEVER_HURT: "factor of the KL's gradient",
-    WISE_FT: "share of the way back to the base model",
-    DECAY: "factor of the pull to the base model, as AdamW's weight decay",
-}

@@ -47,8 +47,10 @@ def make_optimizer(
 
     def build(strength: Any) -> optax.GradientTransformation:
         if rule == DTNH:
-            # Adam gives the KL's steps the length of the loss's.
-            return dtnh_jax.decoupled(adam, strength, regularizer_optimizer=adam)
+            # Adam gives the KL's steps the length of the loss's. At first the model is
+            # its own reference: `eps` keeps rounding errors from being a whole step.
+            of_kl = optax.adam(schedule, eps=1e-5)
+            return dtnh_jax.decoupled(adam, strength, regularizer_optimizer=of_kl)
         if rule == NEVER_HURT:
             return optax.chain(dtnh_jax.never_hurt(strength), adam)
         if method.name == DECAY:

@@ -10,7 +10,7 @@ from rich.table import Table
 from dtnh_jax import plots
 from dtnh_jax.finetune.runs.folder import write_json
 from dtnh_jax.lm.experiment import Experiment
-from dtnh_jax.lm.methods import KL, LORA, MEANINGS, WISE_FT
+from dtnh_jax.lm.methods import KL, LORA, METHODS, WISE_FT
 
 _FIGURE = "forgetting.png"
 
@@ -102,12 +102,8 @@ def notes(results: dict[str, Any]) -> list[str]:
     """What the numbers of the table are, in full sentences."""
     config, texts = results["config"], results["texts"]
     seeds = config["seeds"]
-    used = {row["method"] for row in results["rows"]}
-    meanings = {
-        name: meaning
-        for name, meaning in MEANINGS.items()
-        if any(name in (method, method.rpartition("+")[2]) for method in used)
-    }
+    names = dict.fromkeys(row["method"] for row in results["rows"])
+    meanings = [f"{x}: {METHODS[x].meaning}" for x in names if METHODS[x].meaning]
     return [
         f"Losses and divergences in nats per token, means and standard deviations over "
         f"{seeds} seeds. Seeds differ in initial adapters and the order of texts."
@@ -123,9 +119,7 @@ def notes(results: dict[str, Any]) -> list[str]:
         "where it has no such target loss.",
         "Seconds of a step: the median. Memory: what the compiler allots to a step "
         "beside its arguments, which are weights, adapters and optimizer.",
-        "Strengths: "
-        + "; ".join(f"{name}: {text}" for name, text in meanings.items())
-        + ".",
+        f"Strengths: {'; '.join(meanings)}.",
         f"{results['trained_parameters']} trained parameters, {config['steps']} steps "
         f"of {config['batch_size']} rows of {config['context']} tokens, learning rate "
         f"{config['learning_rate']:g} ({config['schedule']}), {config['dtype']}.",

@@ -6,7 +6,6 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (so that NumPy knows bfloat16)
 import numpy as np
 import safetensors
 

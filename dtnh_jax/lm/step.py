@@ -32,8 +32,8 @@ class Trainer(NamedTuple):
     """Training with one method, at any strength."""
 
     init: Callable[[Tree, float], State]
-    # (state, base weights, strength, rows, rows of held-out text or None); the state is
-    # donated. Base weights are an argument: as constants they would be folded.
+    # (state, base weights, strength, rows, gradient of held-out text or None). Base
+    # weights are an argument: constants would be folded while it compiles.
     step: Callable[..., tuple[State, Metrics]]
 
 
@@ -93,22 +93,15 @@ def make_trainer(
         base: Tree,
         strength: Float[Array, ""],
         rows: Rows,
-        held_out: Rows | None,
+        held_out_grads: Tree | None,
     ) -> tuple[State, Metrics]:
         metrics, found = _averaged(
             functools.partial(gradients, state.adapters, base, strength),
             rows,
             accumulate,
         )
-        if held_out is not None:
-
-            def error(rows):
-                of = jax.value_and_grad(objectives.held_out_error, argnums=1)
-                value, h = of(network, state.adapters, base, rows)
-                return {"held_out_error": value}, {"held_out_grads": h}
-
-            more, held = _averaged(error, held_out, accumulate)
-            metrics, found = metrics | more, found | held
+        if held_out_grads is not None:
+            found["held_out_grads"] = held_out_grads
         updates, optimizer_state = optimizer.update(
             found.pop("updates"), state.optimizer, state.adapters, **found
         )
@@ -117,6 +110,27 @@ def make_trainer(
         return meshes.constrain(mesh, new), meshes.whole(mesh, metrics)
 
     return Trainer(init, step)
+
+
+def held_out_gradient(
+    network: Network, accumulate: int, mesh: Mesh
+) -> Callable[[Tree, Tree, Rows], tuple[Metrics, Tree]]:
+    """Returns a function of (adapters, base weights, rows): the judge's gradient.
+
+    It is a program of its own, so that its activations are not in memory together with
+    those of a step.
+    """
+
+    def gradient(adapters: Tree, base: Tree, rows: Rows) -> tuple[Metrics, Tree]:
+        def of_rows(rows):
+            of = jax.value_and_grad(objectives.held_out_error, argnums=1)
+            value, h = of(network, adapters, base, rows)
+            return {"held_out_error": value}, h
+
+        metrics, h = _averaged(of_rows, rows, accumulate)
+        return meshes.whole(mesh, metrics), meshes.constrain(mesh, h)
+
+    return gradient
 
 
 def _averaged(of_rows: Callable[[Rows], Any], rows: Rows, parts: int) -> Any:
