@@ -34,15 +34,22 @@ def files(tmp_path_factory):
         }
 
 
-def command(files, run_dir, *options, **changes):
-    given = files | {f"--{name}": value for name, value in changes.items()}
-    words = [word for pair in given.items() for word in pair]
-    return main(["lm", *words, *SMALL, "--run-dir", str(run_dir), *options])
+def command(files, run_dir, *options):
+    """Runs it; of an option that is given twice, the last counts."""
+    given = {name: [value] for name, value in files.items()}
+    given["--run-dir"] = [str(run_dir)]
+    for word in (*SMALL, *options):
+        if word.startswith("--"):
+            name = word
+            given[name] = []
+        else:
+            given[name].append(word)
+    return main(["lm", *(word for name in given for word in (name, *given[name]))])
 
 
 OPTIONS = [
     *("--steps", "6", "--learning-rate", "0.05", "--held-out-every", "1"),
-    *("--strength", "kl=0,1", "kl+dtnh=0,1", "wise_ft=0,0.5,1", "decay=0,100"),
+    *("--strength", "kl=0,1", "kl+dtnh=0,1", "wise_ft=0,0.5,1", "decay=0,2"),
 ]
 
 
@@ -87,7 +94,7 @@ def test_training_learns_and_regularizers_hold_back(run_dir):
     base = np.array([found["base"][key] for key in LOSSES])
     plain = losses_of(found, "lora")
     assert plain[0] < base[0] - 0.01
-    for name, strength in (("kl", 1.0), ("kl+dtnh", 1.0), ("decay", 100.0)):
+    for name, strength in (("kl", 1.0), ("kl+dtnh", 1.0), ("decay", 2.0)):
         target_kl = losses_of(found, name, strength)[2]
         assert 0 < target_kl < 0.95 * plain[2], name
 
@@ -101,7 +108,7 @@ def test_the_report_has_a_row_for_everything_and_costs_for_what_was_trained(run_
         *(("kl+dtnh", x) for x in (0.0, 1.0)),
         ("kl+never_hurt", 1.0),
         *(("wise_ft", x) for x in (0.0, 0.5, 1.0)),
-        *(("decay", x) for x in (0.0, 100.0)),
+        *(("decay", x) for x in (0.0, 2.0)),
     ]
     assert list(found["costs"]) == ["lora", "kl", "kl+dtnh", "kl+never_hurt", "decay"]
     for cost in found["costs"].values():
@@ -169,7 +176,7 @@ def test_prompts_in_half_precision(files, tmp_path):
     path.write_text("\n".join(map(json.dumps, lines)))
     options = ["--methods", "masked_kl+dtnh", "--steps", "2", "--dtype", "bfloat16"]
     run = tmp_path / "run"
-    assert command(files, run, *options, target=f"text:{path}") == 0
+    assert command(files, run, *options, "--target", f"text:{path}") == 0
     found = read(run)
     assert found["tokens"]["train"] < 0.9 * 32 * found["rows"]["train"]
     assert np.isfinite(losses_of(found, "masked_kl+dtnh", 1.0)).all()
@@ -221,7 +228,7 @@ def test_what_can_not_be_meant_is_said_in_one_line(
 def test_prompts_that_are_too_long(files, tmp_path, capsys):
     path = tmp_path / "own.jsonl"
     path.write_text(json.dumps({"prompt": "the cat " * 40, "completion": "sat"}))
-    assert command(files, tmp_path / "run", target=f"text:{path}") == 2
+    assert command(files, tmp_path / "run", "--target", f"text:{path}") == 2
     err = capsys.readouterr().err
     assert f"{path}, line 1 has" in err
     assert "more than `--context`, 32" in err

@@ -31,14 +31,18 @@ class Experiment(NamedTuple):
     held_out: Programs  # of `step.held_out_gradient`
 
 
-def prepare(config: Config) -> Experiment:
+def prepare(config: Config, model: model_files.ModelFile | None = None) -> Experiment:
     """Reads the model and the texts.
+
+    Args:
+      config: the options.
+      model: an open one; by default the one that the options name.
 
     Raises:
       ValueError: one of them can not be used; says why in one line.
     """
     mesh = meshes.make_mesh(config.mesh)
-    model = opening.open_model(config.model)
+    model = opening.open_model(config.model) if model is None else model
     if config.context > model.shape.context:
         raise ValueError(
             f"`--context` must be at most {model.shape.context}, what {model.name} was "
