@@ -12,6 +12,7 @@ from dtnh_jax.finetune.reports import report, results
 from dtnh_jax.finetune.runs import experiment, preparation, processes
 from dtnh_jax.finetune.runs.folder import Folder, check_folder, open_folder
 from dtnh_jax.finetune.runs.interrupt import Interrupted
+from dtnh_jax.finetune.runs.machine import machine
 from dtnh_jax.finetune.training.loop import NotFiniteError
 
 
@@ -41,7 +42,7 @@ def _prepare(config: Config) -> preparation.Experiment:
     processes.on_first(lambda: check_folder(config))
     directories.keep_compiled(config)
     prepared = preparation.prepare(config)
-    processes.on_first(lambda: open_folder(config, results.machine()) and None)
+    processes.on_first(lambda: open_folder(config, machine()) and None)
     return prepared
 
 

@@ -9,7 +9,6 @@ import numpy as np
 from dtnh_jax.finetune.config import identity
 from dtnh_jax.finetune.methods import METHODS
 from dtnh_jax.finetune.runs.folder import Folder
-from dtnh_jax.finetune.runs.machine import machine as machine
 from dtnh_jax.finetune.runs.preparation import Experiment
 from dtnh_jax.finetune.runs.statistics import Estimate, estimate
 
