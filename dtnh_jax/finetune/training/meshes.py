@@ -112,7 +112,7 @@ def batches(mesh: Mesh, blocks_of: Callable[[int], Any], batch_size: int) -> Any
       batch_size: rows of a batch, a multiple of the devices.
 
     Returns:
-      A `grain.MapDataset` whose element at `step` is that step's batch, of arrays on the mesh.
+      A dataset whose element at `step` is that step's batch, of arrays on the mesh.
     """
     import grain  # here, because only pictures are read with it
 

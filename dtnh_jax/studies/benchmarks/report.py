@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dtnh_jax import plots
-from dtnh_jax.finetune.reports.results import machine
 from dtnh_jax.finetune.runs.folder import write_json
+from dtnh_jax.finetune.runs.machine import machine
 
 _HEADER = (
     "group",
