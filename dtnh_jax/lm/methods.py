@@ -30,7 +30,7 @@ def _of_outputs(name: str) -> tuple[Method, ...]:
     of_step = "length of the KL's own step, as a multiple of the loss's"
     of_gradient = "factor of the KL's gradient"
     return (
-        Method(name, (0.1, 1.0, 10.0), in_sum, name, "sum"),
+        Method(name, (0.1, 1.0, 10.0, 100.0), in_sum, name, "sum"),
         Method(f"{name}+{DTNH}", (1.0,), of_step, name, "pair"),
         Method(f"{name}+{NEVER_HURT}", (1.0,), of_gradient, name, "pair", True),
     )
