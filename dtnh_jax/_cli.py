@@ -13,10 +13,11 @@ _COMMANDS = {
     "export": "dtnh_jax.finetune.reports.export",
     "predict": "dtnh_jax.finetune.reports.predict",
     "report": "dtnh_jax.finetune.reports.html_report",
+    "lm": "dtnh_jax.lm.command",
     "study": "dtnh_jax.studies.trust.command",
 }
 _WITHOUT_A_WORD = "dtnh_jax.finetune.command"
-_STUDIES = "dtnh_jax.studies"
+_STUDIES, _LANGUAGE_MODELS = "dtnh_jax.studies", "dtnh_jax.lm"
 _BROKEN_PIPE = 141  # 128 and the number of the signal that it is elsewhere
 
 
@@ -53,7 +54,7 @@ def run(module: str, argv: Sequence[str]) -> int:
         finally:
             sys.stdout.flush()  # here, where a broken pipe is caught
     except ModuleNotFoundError as error:
-        return shell.refuse(_what_is_missing(error.name or ""))
+        return shell.refuse(_what_is_missing(error.name or "", module))
     except KeyboardInterrupt:
         print("Interrupted, before any training.", file=sys.stderr)
         return shell.INTERRUPTED
@@ -63,13 +64,14 @@ def run(module: str, argv: Sequence[str]) -> int:
         return _BROKEN_PIPE
 
 
-def _what_is_missing(name: str) -> str:
+def _what_is_missing(name: str, module: str) -> str:
     if f"{name}.".startswith(f"{_STUDIES}."):
         return (
             "the study and the benchmarks are in the repository only: clone it, "
             "and in there pip install -e '.[study]'"
         )
-    return f"the package {name} is missing: pip install 'dtnh-jax[study]'"
+    extra = "lm" if module.startswith(_LANGUAGE_MODELS) else "study"
+    return f"the package {name} is missing: pip install 'dtnh-jax[{extra}]'"
 
 
 if __name__ == "__main__":

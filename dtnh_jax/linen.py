@@ -12,6 +12,7 @@ from jaxtyping import Array, PRNGKeyArray
 from dtnh_jax._freezing import warn_of_freezing
 from dtnh_jax._gradients import value_and_gradient_pair
 from dtnh_jax.capture.layers import Layers
+from dtnh_jax.capture.linen_adapters import without_adapters
 from dtnh_jax.capture.linen_features import capture_features
 from dtnh_jax.capture.linen_scaling import scale_features
 
@@ -21,6 +22,7 @@ __all__ = [
     "capture_features",
     "scale_features",
     "train_step",
+    "without_adapters",
 ]
 
 Variables = Any  # collections by name, as `Module.init` returns them

@@ -13,6 +13,7 @@ from dtnh_jax._gradients import GradientPair
 from dtnh_jax.capture import layers as _layers
 from dtnh_jax.capture import stacks
 from dtnh_jax.capture.layers import Layers
+from dtnh_jax.capture.nnx_adapters import without_adapters
 from dtnh_jax.capture.nnx_calls import scale_features, wrapped_calls
 from dtnh_jax.capture.nnx_versions import captured, modules_of, sown_by, value_of
 
@@ -21,6 +22,7 @@ __all__ = [
     "frozen_teacher",
     "scale_features",
     "value_and_gradient_pair",
+    "without_adapters",
 ]
 
 _OUTPUT = "#output"  # of a layer, among what it sows: no attribute has the name

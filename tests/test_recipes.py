@@ -571,6 +571,35 @@ def built_before_the_parameters(names: Names):
     assert names["moved"] > 0.1
 
 
+def with_a_kl(names: Names):
+    """The KL is less than without its steps, and the base model is as it was."""
+    trained, objective, inputs = (names[x] for x in ("model", "objective", "inputs"))
+    rngs = nnx.Rngs(0)
+    linear = nnx.Linear(8, 20, rngs=rngs)
+    embed = nnx.Embed(20, 8, rngs=rngs)
+    adapter = nnx.LoRA(8, 2, 20, base_module=linear, rngs=rngs)
+    plain = nnx.Sequential(embed, adapter)
+    np.testing.assert_array_equal(
+        trained.layers[1].base_module.kernel[...], linear.kernel[...]
+    )
+    tx = optax.adam(0.02)
+    optimizer = nnx.Optimizer(plain, tx, wrt=nnx.LoRAParam)
+
+    @nnx.jit
+    def step(model, optimizer):
+        wrt = nnx.DiffState(0, nnx.LoRAParam)
+        loss, g = nnx.value_and_grad(lambda m: objective(m, **inputs)[0], argnums=wrt)(
+            model
+        )
+        optimizer.update(model, g)
+        return loss
+
+    losses = [float(step(plain, optimizer)) for _ in range(40)]
+    assert losses[0] == names["losses"][0]
+    assert losses[-1] < names["losses"][-1] < losses[0] - 0.05
+    assert 0.001 < names["kl"] < 0.9 * float(objective(plain, **inputs)[1])
+
+
 CHECKS = {
     "AdamW with schedules": adamw_with_schedules,
     "Low-rank adapters (LoRA)": low_rank_adapters,
@@ -584,6 +613,7 @@ CHECKS = {
     "How far to trust it": how_far_to_trust_it,
     "Porting a PyTorch script with L2-SP": porting_from_pytorch,
     "NNX": with_nnx,
+    "Language models: a KL to the base model (tunix, PeftTrainer)": with_a_kl,
     "Equinox": with_equinox,
     "Logging conflicts": logging_conflicts,
 }

@@ -13,6 +13,7 @@ from dtnh_jax.finetune.reports import report, results
 from dtnh_jax.finetune.runs import experiment, preparation, processes
 from dtnh_jax.finetune.runs.folder import Folder, check_folder, open_folder
 from dtnh_jax.finetune.runs.interrupt import Interrupted
+from dtnh_jax.finetune.runs.machine import machine
 from dtnh_jax.finetune.training.loop import NotFiniteError
 
 
@@ -48,7 +49,7 @@ def _prepare(config: Config) -> tuple[preparation.Experiment, list[str]]:
             f"{prepared.target.name} must be the same pictures in every process, got "
             "others in some."
         )
-    notes = processes.on_first(lambda: open_folder(config, results.machine(), data))
+    notes = processes.on_first(lambda: open_folder(config, machine(), data))
     return prepared, notes
 
 

@@ -8,6 +8,7 @@ differ in their dashes too, and bars in their hatching.
 
 from dtnh_jax.plots._style import COLOURS
 from dtnh_jax.plots.conflict import conflict_map
+from dtnh_jax.plots.forgetting import forgetting
 from dtnh_jax.plots.geometry import projection
 from dtnh_jax.plots.speed import benchmark_ratios
 from dtnh_jax.plots.strength import strength_sweep
@@ -23,6 +24,7 @@ __all__ = [
     "benchmark_ratios",
     "conflict_map",
     "conflict_over_steps",
+    "forgetting",
     "prediction_grid",
     "projection",
     "strength_sweep",

@@ -15,11 +15,15 @@ from dtnh_jax.regularizers.features import (
     relational,
 )
 from dtnh_jax.regularizers.outputs import (
+    TopK,
     co_tuning,
     expected_error,
     kl_to_reference,
     logit_distillation,
     lwf,
+    masked_kl,
+    top_k_kl,
+    top_k_of_reference,
 )
 from dtnh_jax.regularizers.spectrum import batch_spectral_shrinkage
 from dtnh_jax.regularizers.weights import (
@@ -33,6 +37,7 @@ from dtnh_jax.regularizers.weights import (
 )
 
 __all__ = [
+    "TopK",
     "WeightRegularizer",
     "attention_from_losses",
     "attention_transfer",
@@ -55,5 +60,8 @@ __all__ = [
     "logit_distillation",
     "lora_decay",
     "lwf",
+    "masked_kl",
     "relational",
+    "top_k_kl",
+    "top_k_of_reference",
 ]

@@ -1,13 +1,9 @@
 """From the results of all cells to what `results.json` holds."""
 
-import datetime
 import json
 import math
-import os
-import platform
 from typing import Any
 
-import jax
 import numpy as np
 
 from dtnh_jax.finetune.config import identity
@@ -15,18 +11,6 @@ from dtnh_jax.finetune.methods import METHODS
 from dtnh_jax.finetune.runs.folder import Folder
 from dtnh_jax.finetune.runs.preparation import Experiment
 from dtnh_jax.finetune.runs.statistics import Estimate, estimate
-
-
-def machine() -> dict[str, Any]:
-    """What a run is measured on, and when."""
-    return {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "cpu_count": os.cpu_count(),
-        "device": jax.devices()[0].device_kind,
-        "platform": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-    }
 
 
 def summarize(

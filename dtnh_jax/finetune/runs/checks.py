@@ -3,12 +3,12 @@
 import math
 import os
 import pathlib
-from typing import Any
 
 from dtnh_jax.finetune.config import Config
 from dtnh_jax.finetune.data.targets import FAMILIES, TARGETS, is_target
 from dtnh_jax.finetune.directories import expanded
 from dtnh_jax.finetune.methods import METHODS, REGULARIZERS
+from dtnh_jax.finetune.option_checks import at_least, flag, one_of
 from dtnh_jax.finetune.weights.sources import is_source, known_sources
 from dtnh_jax.finetune.wording import printable
 
@@ -51,22 +51,20 @@ def check(config: Config) -> None:
     if config.tuning_seeds is not None and not config.tune:
         raise ValueError("`--tuning-seeds` is of no use without `--tune`.")
     for name in (*whole, "steps", "checkpoint_every", "tuning_seeds", "accumulate"):
-        _at_least(name, getattr(config, name), 1)
+        at_least(name, getattr(config, name), 1)
     _check_devices(config)
-    _at_least("validation_per_class", config.validation_per_class, int(config.tune))
+    at_least("validation_per_class", config.validation_per_class, int(config.tune))
     for name in ("learning_rate", "epochs"):
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and value > 0):
-            raise ValueError(
-                f"`{_flag(name)}` must be above 0 and finite, got {value}."
-            )
+            raise ValueError(f"`{flag(name)}` must be above 0 and finite, got {value}.")
 
 
 def _check_place(name: str, folder: pathlib.Path) -> None:
     whole = os.path.abspath(folder)
     if whole != printable(whole):  # those who write checkpoints know no other names
         raise ValueError(
-            f"`{_flag(name)}` must be a folder whose name is one line of UTF-8, got "
+            f"`{flag(name)}` must be a folder whose name is one line of UTF-8, got "
             f"{printable(whole)}."
         )
 
@@ -79,29 +77,12 @@ def _check_devices(config: Config) -> None:
     config.check_batches(math.prod(config.mesh.values()))
     for name in ("coordinator", "processes", "process_id"):
         if getattr(config, name) is not None and not config.distributed:
-            raise ValueError(f"`{_flag(name)}` is of no use without `--distributed`.")
-    _at_least("processes", config.processes, 1)
-    _at_least("process_id", config.process_id, 0)
-    _at_least("heartbeat", config.heartbeat, 1)
+            raise ValueError(f"`{flag(name)}` is of no use without `--distributed`.")
+    at_least("processes", config.processes, 1)
+    at_least("process_id", config.process_id, 0)
+    at_least("heartbeat", config.heartbeat, 1)
     number, count = config.process_id, config.processes
     if number is not None and count is not None and number >= count:
         raise ValueError(
             f"`--process-id` must be below `--processes`, {count}, got {number}."
         )
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def one_of(name: str, value: str, known: Any) -> None:
-    """Raises ValueError unless an option has a value that is known."""
-    if value not in known:
-        raise ValueError(
-            f"`{_flag(name)}` must be one of {', '.join(known)}, got {value!r}."
-        )
-
-
-def _at_least(name: str, value: int | None, bound: int) -> None:
-    if value is not None and value < bound:
-        raise ValueError(f"`{_flag(name)}` must be at least {bound}, got {value}.")

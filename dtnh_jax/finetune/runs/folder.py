@@ -14,25 +14,29 @@ trust/             metrics and cells of the trainings that trust was chosen by
 results.json, report.md and figures, at the end
 """
 
+import itertools
 import json
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from dtnh_jax import _files
-from dtnh_jax.finetune.config import Config, identity
+from dtnh_jax.finetune.config import identity
 from dtnh_jax.finetune.files import make_folder, write, write_json
 
-_OF_A_CELL = {
-    "method",
-    "seed",
-    "strength",
-    "accuracy",
-    "balanced_accuracy",
-    "predictions",
-    "seconds",
-}
+# What a result has to say.
+OF_PICTURES = frozenset(
+    {
+        "method",
+        "seed",
+        "strength",
+        "accuracy",
+        "balanced_accuracy",
+        "predictions",
+        "seconds",
+    }
+)
 
 
 class OtherConfigurationError(ValueError):
@@ -42,7 +46,13 @@ class OtherConfigurationError(ValueError):
 class Folder:
     """Files of one run, or of its tuning; every change leaves it consistent."""
 
-    def __init__(self, path: pathlib.Path, prepared: pathlib.Path | None = None):
+    def __init__(
+        self,
+        path: pathlib.Path,
+        prepared: pathlib.Path | None = None,
+        needed: Collection[str] = OF_PICTURES,
+    ):
+        self._needed = needed
         self.path = path
         self.metrics_path = path / "metrics.jsonl"
         self.prepared = prepared or path / "prepared"
@@ -66,7 +76,7 @@ class Folder:
 
     def result(self, cell: str) -> dict[str, Any] | None:
         """What `finish` wrote for a cell, or None while it is not complete."""
-        return _result(self.path / "cells" / f"{cell}.json")
+        return _result(self.path / "cells" / f"{cell}.json", self._needed)
 
     def finish(self, cell: str, result: dict[str, Any]) -> None:
         """Writes the result of a cell, and deletes its checkpoints."""
@@ -101,20 +111,27 @@ class Folder:
         return max((x["seconds"] for x in kept if x["cell"] == cell), default=0.0)
 
 
-def check_folder(config: Config) -> None:
+Identify = Callable[[Any], dict[str, Any]]  # of a configuration
+
+
+def check_folder(config: Any, identify: Identify = identity) -> None:
     """Makes sure, without changing anything, that a run may use its folder.
+
+    Args:
+      config: of `dtnh`, or of another command that has a `folder`.
+      identify: returns the options that decide the results.
 
     Raises:
       OtherConfigurationError: it holds another run; names the first option that
         differs.
       ValueError: it holds something else.
     """
-    path, ours = config.folder, identity(config)
+    path, ours = config.folder, identify(config)
     options = path / "config.json"
     if options.exists():
         try:
             # A run that is older than an option was made with its default.
-            theirs = {**identity(Config()), **json.loads(options.read_text())}
+            theirs = {**identify(type(config)()), **json.loads(options.read_text())}
             differing = [key for key in ours if theirs.get(key) != ours[key]]
         except (ValueError, TypeError, OSError) as error:
             raise ValueError(
@@ -133,7 +150,11 @@ def check_folder(config: Config) -> None:
 
 
 def open_folder(
-    config: Config, machine: Mapping[str, Any], data: Mapping[str, Any] | None = None
+    config: Any,
+    machine: Mapping[str, Any],
+    data: Mapping[str, Any] | None = None,
+    identify: Identify = identity,
+    needed: Collection[str] = OF_PICTURES,
 ) -> list[str]:
     """Opens the folder of a run, new or begun, after `check_folder`.
 
@@ -141,6 +162,8 @@ def open_folder(
       config: of the run.
       machine: what a new run is measured on.
       data: what `target.contents` says of the pictures; None leaves that open.
+      identify: returns the options that decide the results.
+      needed: what the result of a training has to say.
 
     Returns:
       Sentences on files that were damaged, as by a loss of power. Trainings whose
@@ -167,12 +190,11 @@ def open_folder(
             write_json(path / "data.json", data)
         if not begun:
             # Last: from here on it is a run folder.
-            write_json(path / "config.json", identity(config))
+            write_json(path / "config.json", identify(config))
         Folder(path).make()
-        for file in sorted(path.glob("cells/*.json")) + sorted(
-            path.glob("tune/cells/*.json")
-        ):
-            if _result(file) is None:
+        found = [path.glob(f"{part}cells/*.json") for part in ("", "trust/", "tune/")]
+        for file in sorted(itertools.chain(*found)):
+            if _result(file, needed) is None:
                 file.unlink()
                 notes.append(f"{file} was damaged: that training is done anew.")
     except OSError as error:
@@ -216,10 +238,10 @@ def _foreign(path: pathlib.Path) -> bool:
     )
 
 
-def _result(path: pathlib.Path) -> dict[str, Any] | None:
+def _result(path: pathlib.Path, needed: Collection[str]) -> dict[str, Any] | None:
     """The result of a cell, or None if it is missing or damaged."""
     found = _read(path)
-    return found if isinstance(found, dict) and found.keys() >= _OF_A_CELL else None
+    return found if isinstance(found, dict) and found.keys() >= set(needed) else None
 
 
 def _read(path: pathlib.Path) -> Any:
@@ -238,5 +260,10 @@ def _shown(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value))
     if isinstance(value, dict):
-        return " ".join(f"{key}={number:g}" for key, number in value.items())
+        return " ".join(f"{key}={_shown_number(x)}" for key, x in value.items())
     return str(value)
+
+
+def _shown_number(value: Any) -> str:
+    several = value if isinstance(value, list) else [value]
+    return ",".join(f"{number:g}" for number in several)

@@ -58,7 +58,8 @@ def note(line: dict[str, Any]) -> str:
         parts.append(f"cosine {line['cosine']:+.2f}")
     if "conflict" in line:
         parts.append(f"in conflict {100 * line['conflict']:.0f}%")
-    return ", ".join([*parts, f"{line['images_per_second']:.0f} images/s"])
+    unit = next(u for u in ("images", "tokens") if f"{u}_per_second" in line)
+    return ", ".join([*parts, f"{line[f'{unit}_per_second']:.0f} {unit}/s"])
 
 
 class _Noted(Progress):

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -101,9 +100,7 @@ def place_rows(mesh: Mesh, batch: Any) -> Any:
     )
 
 
-def batches(
-    mesh: Mesh, blocks_of: Callable[[int], grain.MapDataset], batch_size: int
-) -> grain.MapDataset:
+def batches(mesh: Mesh, blocks_of: Callable[[int], Any], batch_size: int) -> Any:
     """Reads of every batch the rows that this process's devices train on.
 
     A batch is cut into a block for each device. However many devices and processes
@@ -111,12 +108,14 @@ def batches(
 
     Args:
       mesh: what the batch is spread over.
-      blocks_of: maps the size of a block to an endless dataset of blocks.
+      blocks_of: maps the size of a block to an endless `grain.MapDataset` of blocks.
       batch_size: rows of a batch, a multiple of the devices.
 
     Returns:
       A dataset whose element at `step` is that step's batch, of arrays on the mesh.
     """
+    import grain  # here, because only pictures are read with it
+
     rows = NamedSharding(mesh, P(AXES))
     places = rows.addressable_devices_indices_map((mesh.size,)).values()
     own = sorted({at[0].start or 0 for at in places if at is not None})

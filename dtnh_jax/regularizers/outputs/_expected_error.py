@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Integer
 
 from dtnh_jax.regularizers.outputs._tokens import (
     check_floating,
+    check_labels,
     log_normalizer,
     weights_of_mean,
 )
@@ -56,7 +56,7 @@ def expected_error(
             f"{labels.shape} for {logits.shape}."
         )
     weights = weights_of_mean(mask, labels.shape)
-    _check_labels(labels, mask, logits.shape[-1])
+    check_labels(labels, mask, logits.shape[-1])
     errors = jax.checkpoint(_errors)(
         logits, jnp.asarray(labels).astype(jnp.int32), weights != 0
     )
@@ -73,16 +73,3 @@ def _errors(logits: Array, labels: Array, is_kept: Array) -> Array:
     is_class = (labels >= 0) & (labels < logits.shape[-1])
     error = jnp.where(is_class, error, jnp.nan)
     return jnp.where(is_kept, error, 0.0)[..., 0]
-
-
-def _check_labels(labels, mask, classes: int) -> None:
-    if isinstance(labels, Tracer) or isinstance(mask, Tracer):
-        return
-    kept = np.asarray(labels)
-    if mask is not None:
-        kept = kept[np.asarray(mask) != 0]
-    if kept.size and (kept.min() < 0 or kept.max() >= classes):
-        raise ValueError(
-            f"`labels` must be from 0 to {classes - 1}, got {kept.min()} to "
-            f"{kept.max()}."
-        )

@@ -10,10 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Integer
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from dtnh_jax.regularizers.outputs._tokens import (
     check_floating,
+    check_labels,
     log_normalizer,
     weights_of_mean,
 )
@@ -76,6 +77,81 @@ def kl_to_reference(
       Kullback and Leibler, 1951, https://doi.org/10.1214/aoms/1177729694; Ouyang et
       al., 2022, equation 2, for the reverse, https://arxiv.org/abs/2203.02155
     """
+    return _mean(logits, reference_logits, None, mask, direction)
+
+
+def masked_kl(
+    logits: Float[Array | np.ndarray, "... vocabulary"],
+    reference_logits: Float[Array | np.ndarray, "..."],
+    labels: Integer[Array | np.ndarray, "..."],
+    *,
+    mask: Float[Array | np.ndarray, "..."]
+    | Integer[Array | np.ndarray, "..."]
+    | Bool[Array | np.ndarray, "..."]
+    | None = None,
+    direction: str = "forward",
+) -> Float[Array, ""]:
+    """Divergence from a reference model among the tokens that are not the label.
+
+    The label's probability is removed from both models, and what is left is scaled to
+    the sum 1: `p'(v) = p(v) / (1 - p(label))` for `v` other than the label, and `q'` in
+    the same way from the reference. "forward" is `KL(q' || p')`, "reverse" is
+    `KL(p' || q')`. So it holds on to the reference's order of the alternatives, and
+    does not oppose the loss, which only moves probability to the label: its gradient
+    by the label's logit is 0. The reference gets no gradient.
+
+    Memory is as with `kl_to_reference`.
+
+    Args:
+      logits: `[batch, tokens, vocabulary]` of the network in training; or with any
+        other axes before the last.
+      reference_logits: the same of the pretrained network.
+      labels: integers, `[batch, tokens]`: what the loss wants at each token. Under
+        `jax.jit` a label out of range cannot raise, and makes the result NaN.
+      mask: weights of tokens, `[batch, tokens]`, such as 0 for padding and prompts.
+        Labels are ignored where it is 0.
+      direction: "forward" or "reverse".
+
+    Returns:
+      A scalar in float32: nats per token, the mean over the tokens that `mask` keeps;
+      0 if it keeps none.
+
+    Raises:
+      TypeError: if logits are not floating or `labels` no integers.
+      ValueError: if shapes do not match, the direction is unknown, or a label is known
+        to be out of range.
+
+    Example:
+      >>> logits = jnp.array([[[9.0, 0.0, 0.0]]])  # one sequence of one token
+      >>> reference = jnp.array([[[0.0, 2.0, 2.0]]])
+      >>> label = jnp.array([[0]])  # the alternatives are as likely as each other
+      >>> print(f"{masked_kl(logits, reference, label):.3f}")
+      0.000
+      >>> print(f"{kl_to_reference(logits, reference):.3f}")
+      7.544
+
+    References:
+      Xu et al., 2026, "Mask the Target", https://arxiv.org/abs/2605.29498
+    """
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"`labels` must be integers, got {labels.dtype}.")
+    if not logits.ndim or labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            "`labels` must have the shape of `logits` without the vocabulary, got "
+            f"{labels.shape} for {logits.shape}."
+        )
+    check_labels(labels, mask, logits.shape[-1])
+    return _mean(logits, reference_logits, labels, mask, direction)
+
+
+def _mean(
+    logits: Array | np.ndarray,
+    reference_logits: Array | np.ndarray,
+    labels: Array | np.ndarray | None,
+    mask: Array | np.ndarray | None,
+    direction: str,
+) -> Float[Array, ""]:
+    """Returns the mean over tokens, with the labels left out if there are any."""
     if direction not in _DIRECTIONS:
         raise ValueError(
             f"`direction` must be one of {_DIRECTIONS}, got {direction!r}."
@@ -89,7 +165,11 @@ def kl_to_reference(
         )
     weights = weights_of_mean(mask, logits.shape[:-1])[..., None]
     reference = jax.lax.stop_gradient(jnp.asarray(reference_logits))
-    return _weighted(direction, jnp.asarray(logits), reference, weights)
+    if labels is not None:
+        labels = jnp.asarray(labels).astype(jnp.int32)[..., None]
+        is_word = (labels >= 0) & (labels < logits.shape[-1])
+        weights = jnp.where(is_word | (weights == 0), weights, jnp.nan)
+    return _weighted(direction, jnp.asarray(logits), reference, weights, labels)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -98,9 +178,11 @@ def _weighted(
     logits: Float[Array, "*tokens n"],
     reference: Float[Array, "*tokens n"],
     weights: Float[Array, "*tokens 1"],
+    labels: Int[Array, "*tokens 1"] | None,
 ) -> Float[Array, ""]:
     """Returns the sum over tokens of their weighted divergences."""
-    total, _ = _in_chunks(direction, logits, reference, weights, with_slope=False)
+    inputs = logits, reference, weights, labels
+    total, _ = _in_chunks(direction, *inputs, with_slope=False)
     return total
 
 
@@ -112,13 +194,19 @@ def _weighted_jvp(direction, primals, tangents):
 
 
 def _in_chunks(
-    direction: str, logits: Array, reference: Array, weights: Array, *, with_slope: bool
+    direction: str,
+    logits: Array,
+    reference: Array,
+    weights: Array,
+    labels: Array | None,
+    *,
+    with_slope: bool,
 ) -> tuple[Array, Any]:
     """Returns the weighted sum, and its derivative by the logits, in their dtype."""
     axis = _chunked_axis(logits)
     if axis is None:
         fresh = jnp.ones([1] * logits.ndim, bool)
-        return _whole(direction, logits, reference, weights, fresh, with_slope)
+        return _whole(direction, logits, reference, weights, labels, fresh, with_slope)
     length = logits.shape[axis]
     size = -(-length // _CHUNKS)
 
@@ -129,11 +217,16 @@ def _in_chunks(
             _as_floats(jax.lax.dynamic_slice_in_dim(bits, start, size, axis), like)
             for bits, like in zip(inputs, (logits, reference, weights))
         ]
+        wanted = labels
+        if labels is not None:
+            wanted = jax.lax.dynamic_slice_in_dim(labels, start, size, axis)
         # The last chunk may begin inside the one before.
         shape = [size if at == axis else 1 for at in range(logits.ndim)]
         positions = start + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
         fresh = positions >= i * size
-        part, slope = _whole(direction, ours, theirs, weighed, fresh, with_slope)
+        part, slope = _whole(
+            direction, ours, theirs, weighed, wanted, fresh, with_slope
+        )
         if with_slope:
             slopes = jax.lax.dynamic_update_slice_in_dim(
                 slopes, _as_bits(slope), start, axis
@@ -171,12 +264,13 @@ def _whole(
     logits: Array,
     reference: Array,
     weights: Array,
+    labels: Array | None,
     fresh: Array,
     with_slope: bool,
 ) -> tuple[Array, Any]:
     """Returns the weighted sum over `fresh` tokens, and the slope of all, or None."""
-    log_p = _log_probabilities(logits)
-    log_q = _log_probabilities(reference)
+    log_p = _log_probabilities(logits, labels)
+    log_q = _log_probabilities(reference, labels)
     first, second = (log_q, log_p) if direction == "forward" else (log_p, log_q)
     divergences = jnp.sum(_terms(first, second), axis=-1, keepdims=True)
     is_kept = weights != 0
@@ -191,8 +285,12 @@ def _whole(
     return total, jnp.where(is_kept, weights * slope, 0.0).astype(logits.dtype)
 
 
-def _log_probabilities(logits: Array) -> Array:
+def _log_probabilities(logits: Array, labels: Array | None) -> Array:
+    """Returns them in float32, with none left for the labels, if there are any."""
     logits = logits.astype(jnp.float32)
+    if labels is not None:
+        words = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+        logits = jnp.where(words == labels, -jnp.inf, logits)
     return logits - log_normalizer(logits)
 
 

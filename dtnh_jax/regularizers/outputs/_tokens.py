@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 
@@ -37,3 +38,19 @@ def log_normalizer(x: Float[Array, "*batch n"]) -> Float[Array, "*batch 1"]:
     most = jax.lax.stop_gradient(jnp.max(x, axis=-1, keepdims=True))
     most = jnp.where(jnp.isfinite(most), most, 0.0)
     return most + jnp.log(jnp.sum(jnp.exp(x - most), axis=-1, keepdims=True))
+
+
+def check_labels(
+    labels: Array | np.ndarray, mask: Array | np.ndarray | None, classes: int
+) -> None:
+    """Raises ValueError for a label that is known to be out of range, and is kept."""
+    if isinstance(labels, Tracer) or isinstance(mask, Tracer):
+        return
+    kept = np.asarray(labels)
+    if mask is not None:
+        kept = kept[np.asarray(mask) != 0]
+    if kept.size and (kept.min() < 0 or kept.max() >= classes):
+        raise ValueError(
+            f"`labels` must be from 0 to {classes - 1}, got {kept.min()} to "
+            f"{kept.max()}."
+        )

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from dtnh_jax import plots
 from dtnh_jax.finetune import files
-from dtnh_jax.finetune.reports.results import machine
+from dtnh_jax.finetune.runs.machine import machine
 
 _HEADER = (
     "group",

@@ -57,7 +57,7 @@ def run(argv: Sequence[str]) -> int:
 def _train(config: Config, folder: pathlib.Path, pairs: list[str]) -> None:
     """Trains the cells that are not done."""
     # Here, because these import Flax, for which `--help` should not wait.
-    from dtnh_jax.finetune.runs.folder import write_json
+    from dtnh_jax.finetune.files import write_json
     from dtnh_jax.studies.trust import cells
 
     data_dir = (config.data_dir or directories.default_data_dir()).expanduser()
@@ -92,7 +92,7 @@ def _read(path: pathlib.Path, seeds: tuple[int, ...]) -> dict[str, Any] | None:
 
 
 def _report(folder: pathlib.Path) -> int:
-    from dtnh_jax.finetune.runs.folder import write_json
+    from dtnh_jax.finetune.files import write_json
     from dtnh_jax.studies.trust import cells, report, summary
 
     found = summary.summarize(cells.read(folder / "cells"))

@@ -1,0 +1,55 @@
+"""The pretrained network inside of an adapted module of NNX."""
+
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx import filterlib
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+def without_adapters(model: M, *, adapters: filterlib.Filter = nnx.LoRAParam) -> M:
+    """Returns the pretrained network of an adapted one, without a copy of its weights.
+
+    With low-rank adapters the pretrained weights are still there, so a reference model
+    costs a forward pass and no memory. In the module that is returned all adapters are
+    zero; all other variables hold the arrays of `model`. Call it where it is used,
+    inside of the train step: it is then a part of the compiled program, and changes of
+    `model` between steps do not matter.
+
+    Args:
+      model: with adapters of `nnx.LoRA`, `nnx.LoRALinear` or qwix
+        (`qwix.apply_lora_to_model`).
+      adapters: filter of the variables that are zero without adapters.
+
+    Returns:
+      A module of its own: what a call changes in it, such as counters of dropout, is
+      not changed in `model`.
+
+    Raises:
+      ValueError: if `model` has no adapters.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from dtnh_jax.nnx import without_adapters
+      >>> linear = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+      >>> model = nnx.LoRA(3, 2, 4, base_module=linear, rngs=nnx.Rngs(1))
+      >>> model.lora_b[...] = jnp.ones((2, 4))  # as after some training
+      >>> x = jnp.ones((1, 3))
+      >>> bool((model(x) == linear(x)).all())
+      False
+      >>> bool((without_adapters(model)(x) == linear(x)).all())
+      True
+    """
+    graphdef, adapted, rest = nnx.split(model, adapters, ...)
+    if not jax.tree.leaves(adapted):
+        raise ValueError(
+            f"`model` must have adapters, variables that {adapters!r} picks out, got "
+            f"none in this {type(model).__name__}."
+        )
+    zeros: Any = jax.tree.map(jnp.zeros_like, adapted)
+    # Variables of its own, which hold the same arrays.
+    return nnx.merge(graphdef, zeros, rest, copy=True)

@@ -1,0 +1,1 @@
+"""The command `dtnh lm`: fine-tunes language models, and measures what they forget."""
