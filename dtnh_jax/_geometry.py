@@ -47,7 +47,7 @@ class Measured(NamedTuple):
     sums: Float[Array, "5 rows"]
     size: Float[Array, "rows"]  # parameters
     skipped: Int[Array, ""]  # updates so far that left a group out
-    trust: Float[Array, ""] | None = None  # of `never_hurt` alone
+    trust: Any = None  # `Float[Array, ""]` of `never_hurt`, None elsewhere
 
 
 def unmeasured(rows: int) -> Measured:

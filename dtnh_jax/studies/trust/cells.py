@@ -154,8 +154,9 @@ def _run_method(cell, place, name, values):
     kept = [*range(FOLDS if has_all else 1), FOLDS]
     order = place.data.order[:, kept]
     if name in METHODS and METHODS[name].has_held_out:
+        steps, size = order.shape[2:]
         held_out = [
-            folds[0][tasks.batches(len(folds[0]), *order.shape[2:], [seed])]
+            folds[0][tasks.batches(len(folds[0]), steps, size, [seed])]
             for seed, folds in enumerate(place.folds)
         ]
         order = np.concatenate([order[:, :1], np.stack(held_out)[:, None]], axis=-1)

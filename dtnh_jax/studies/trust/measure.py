@@ -23,7 +23,7 @@ def shifted(images: Images) -> Images:
     contrast; 15 degrees to either side.
     """
     rng = np.random.default_rng(5)
-    x = np.float32(images.pixels)
+    x = images.pixels.astype(np.float32)
     turned = [
         ndimage.rotate(each, angle, axes=(0, 1), reshape=False, order=1, mode="nearest")
         for each, angle in zip(x, rng.choice([-15, 15], len(x)))
@@ -56,7 +56,7 @@ def make_measure(
     """
     under_shift = shifted(test)
 
-    def logits(variables, inputs):
+    def logits(variables, inputs) -> Any:
         return network.apply(variables, inputs, train=False)
 
     reference = jax.nn.log_softmax(jax.jit(logits)(source, unseen.inputs()))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from dtnh_jax import cautious, never_hurt, resolve_conflicts, rules
+from dtnh_jax import GradientPair, cautious, never_hurt, resolve_conflicts, rules
 
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "sgd": lambda: optax.sgd(1.0, momentum=0.9),
@@ -32,7 +32,8 @@ def alone(optimizer, value, source, rate):
     """The loss alone."""
     del value, source, rate
 
-    def update(pair, state, params=None):
+    def update(updates, state, params=None):
+        pair: GradientPair = updates
         return optimizer.update(pair.loss, state, params)
 
     return optax.GradientTransformation(optimizer.init, update)
@@ -74,7 +75,8 @@ def metabalance(optimizer, value, source, rate, strength=100.0, decay=0.9):
         zeros = jax.tree.map(lambda _: jnp.zeros([]), params)
         return zeros, zeros, optimizer.init(params)
 
-    def update(pair, state, params=None):
+    def update(updates, state, params=None):
+        pair: GradientPair = updates
         of_g, of_r, inner = state
 
         def average(old, x):
@@ -111,7 +113,8 @@ def pcd(optimizer, value, source, rate, decay=0.999):
     def init(params):
         return jnp.zeros([]), jnp.zeros([]), jnp.zeros([]), optimizer.init(params)
 
-    def update(pair, state, params=None):
+    def update(updates, state, params=None):
+        pair: GradientPair = updates
         step, of_g, of_r, inner = state
         g, r = pair
         gg, gr, rr = (optax.tree.vdot(*each) for each in ((g, g), (g, r), (r, r)))
@@ -144,7 +147,8 @@ def spd(optimizer, value, source, rate):
       Tian et al., 2024, https://arxiv.org/abs/2411.01713
     """
 
-    def update(pair, state, params=None):
+    def update(updates, state, params=None):
+        pair: GradientPair = updates
         assert params is not None
         steps, state = optimizer.update(pair.loss, state, params)
 
@@ -187,7 +191,8 @@ def ftp(optimizer, value, source, rate, step_size=0.01):
             optimizer.init(params),
         )
 
-    def update(pair, state, params=None):
+    def update(updates, state, params=None):
+        pair: GradientPair = updates
         assert params is not None
         step, radius, slopes, moments, inner = state
         steps, inner = optimizer.update(pair.loss, inner, params)

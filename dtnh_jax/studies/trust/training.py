@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 import dtnh_jax
 from dtnh_jax import regularizers
@@ -27,12 +27,12 @@ Variables = dict[str, Any]  # {"params": tree, "batch_stats": tree}
 
 
 class Data(NamedTuple):
-    """What the networks of a seed, or of all, see."""
+    """What the networks of a seed, or of all, see; arrays of NumPy or JAX."""
 
-    images: Float[Array, "..."]  # [S N h w 1]
-    labels: Int[Array, "..."]
-    teacher: dict[str, Float[Array, "..."]]  # maps of the source, by layer
-    order: Int[Array, "..."]  # rows of every batch
+    images: Any  # [S N h w 1]
+    labels: Any  # [S N]
+    teacher: dict[str, Any]  # maps of the source, by layer [S N ...]
+    order: Any  # [S F T B], rows of every batch
 
 
 class State(NamedTuple):
