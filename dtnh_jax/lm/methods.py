@@ -28,11 +28,11 @@ DTNH, NEVER_HURT = "dtnh", "never_hurt"
 def _of_outputs(name: str) -> tuple[Method, ...]:
     in_sum = "factor of the KL, in nats per token, in the sum"
     of_step = "length of the KL's own step, as a multiple of the loss's"
-    of_gradient = "factor of the KL's gradient"
+    of_gradient = "most that the KL's gradient is multiplied by: its trust decides"
     return (
         Method(name, (0.1, 1.0, 10.0, 100.0), in_sum, name, "sum"),
         Method(f"{name}+{DTNH}", (1.0,), of_step, name, "pair"),
-        Method(f"{name}+{NEVER_HURT}", (1.0,), of_gradient, name, "pair", True),
+        Method(f"{name}+{NEVER_HURT}", (100.0,), of_gradient, name, "pair", True),
     )
 
 
