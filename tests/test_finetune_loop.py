@@ -96,7 +96,9 @@ def test_every_regularizer_has_one_function():
     [(None, "sgd"), ("l2_sp", "sgd"), ("feature_map", "sgd"), ("l2_sp", "adamw")],
 )
 def test_every_method_learns_and_compiles_once(regularizer, optimizer, batches):
-    config = Config(optimizer=optimizer, learning_rate=0.1)
+    names = ("scratch", "fine-tuning", "l2_sp", "l2_sp+dtnh")
+    names = (*names, "feature_map", "feature_map+dtnh")
+    config = Config(methods=names, optimizer=optimizer, learning_rate=0.1)
     made = new_trainer(regularizer, config, 40)
     for name in config.methods:
         method = METHODS[name]
@@ -235,7 +237,7 @@ def test_batch_statistics_do_not_depend_on_the_method(batches):
 def test_scope_changes_what_is_in_conflict(name, batches):
     of_scope = {}
     for scope in ("global", "element"):
-        made = new_trainer(METHODS[name].regularizer, Config(scope=scope), 4)
+        made = new_trainer(METHODS[name].regularizer, Config(methods=(name,), scope=scope), 4)
         _, lines = train(name, batches, 0.1, made=made)
         of_scope[scope] = [float(line["conflict"]) for line in lines]
     assert set(of_scope["global"]) <= {0.0, 1.0}

@@ -102,7 +102,7 @@ def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         trusts = [
             format(cell["trust"], "g")
             for cell in results["cells"]
-            if cell["method"] == name and "trust" in cell
+            if "trust" in cell and cell["method"] == name
         ]
         if trusts:
             row.append(f"trust {', '.join(trusts)}")
