@@ -97,7 +97,7 @@ class Config:
     otherwise up to 300, a third of the rarest class, or from the test split."""
     cache_teacher: bool = True
     """Keep what the teacher makes of the training images, instead of asking it anew."""
-    seeds: int = 3
+    seeds: int = 2
     """Repetitions, with other training images, head, order and dropout each."""
     tuning_seeds: int | None = None
     """Repetitions of --tune. By default as many as --seeds."""
