@@ -237,7 +237,9 @@ def test_batch_statistics_do_not_depend_on_the_method(batches):
 def test_scope_changes_what_is_in_conflict(name, batches):
     of_scope = {}
     for scope in ("global", "element"):
-        made = new_trainer(METHODS[name].regularizer, Config(methods=(name,), scope=scope), 4)
+        made = new_trainer(
+            METHODS[name].regularizer, Config(methods=(name,), scope=scope), 4
+        )
         _, lines = train(name, batches, 0.1, made=made)
         of_scope[scope] = [float(line["conflict"]) for line in lines]
     assert set(of_scope["global"]) <= {0.0, 1.0}
