@@ -3,7 +3,7 @@
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -106,11 +106,13 @@ def _run(
         folder.rewind(cell.name, 0)
         adapters, measured = _train(experiment, folder, cell, display, received)
         _save(folder, cell, adapters)
+    losses = experiment.evaluate(adapters, experiment.splits)
+    _check_finite(losses, cell, "after training")
     return {
         "method": cell.method.name,
         "strength": cell.strength,
         "seed": cell.seed,
-        **experiment.evaluate(adapters, experiment.splits),
+        **losses,
         **measured,
         "seconds": time.monotonic() - started,
     }
@@ -150,11 +152,7 @@ def _train(
             numbers |= metrics
             numbers = {key: float(x) for key, x in jax.device_get(numbers).items()}
             seconds.setdefault(held_out is not None, []).append(took)
-            if not np.isfinite(list(numbers.values())).all():
-                raise NotFiniteError(
-                    f"{cell.name} came to numbers that are not finite at step "
-                    f"{number + 1}: give a lower `--learning-rate` or strength"
-                )
+            _check_finite(numbers, cell, f"at step {number + 1}")
             line = {
                 "cell": cell.name,
                 "method": cell.method.name,
@@ -174,6 +172,14 @@ def _train(
     mean = sum(medians[kind] * len(each) for kind, each in seconds.items()) / count
     measured = {"step_seconds": mean, "temporary_bytes": max(memory, default=None)}
     return state.adapters, measured
+
+
+def _check_finite(numbers: Mapping[str, float], cell: Cell, when: str) -> None:
+    if not np.isfinite(list(numbers.values())).all():
+        raise NotFiniteError(
+            f"{cell.name} came to numbers that are not finite {when}: give a lower "
+            "`--learning-rate` or strength"
+        )
 
 
 def _timed(program: Program, args: Any, memory: list[int]) -> tuple[Any, float]:

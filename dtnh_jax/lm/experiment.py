@@ -114,7 +114,7 @@ def described(experiment: Experiment) -> dict[str, Any]:
             role: {"name": source.name, "licence": source.licence}
             for role, source in experiment.sources.items()
         },
-        "rows": {name: len(x.tokens) for name, x in rows.items()},
+        "row_counts": {name: len(x.tokens) for name, x in rows.items()},
         "tokens": {name: int(x.weights.sum()) for name, x in rows.items()},
         "trained_parameters": sum(
             x.size for x in jax.tree.leaves(experiment.network.adapters)

@@ -119,7 +119,7 @@ def notes(results: dict[str, Any]) -> list[str]:
         "where it has no such target loss.",
         "Seconds of a step: the median. Memory: what the compiler allots to a step "
         "beside its arguments, which are weights, adapters and optimizer.",
-        f"Strengths: {'; '.join(meanings)}.",
+        *([f"Strengths: {'; '.join(meanings)}."] if meanings else []),
         f"{results['trained_parameters']} trained parameters, {config['steps']} steps "
         f"of {config['batch_size']} rows of {config['context']} tokens, learning rate "
         f"{config['learning_rate']:g} ({config['schedule']}), {config['dtype']}.",
