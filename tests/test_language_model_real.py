@@ -60,7 +60,7 @@ def test_logits_are_those_of_another_implementation():
         assert tokens[-len(tail) :] == tail
         logits = np.asarray(run(adapters, network.base, jnp.array([tokens]))[0])
         np.testing.assert_allclose(logits[-1, np.array(WORDS)], last, atol=1e-3)
-        np.testing.assert_allclose(np.linalg.norm(logits), norm, rtol=1e-6)
+        np.testing.assert_allclose(np.linalg.norm(logits), norm, rtol=1e-5)
     tokens = tokenization.encoded(model.tokenizer, "The capital of France is")
     logits = run(adapters, network.base, jnp.array([tokens]))[0, -1]
     assert model.tokenizer.decode([int(jnp.argmax(logits))]) == " Paris"
@@ -76,7 +76,7 @@ def test_german_is_learned(tmp_path):
     assert main(["lm", *options, "--data-dir", str(tmp_path / "data")]) == 0
     found = json.loads((tmp_path / "run" / "results.json").read_text())
     lora, resolved = found["cells"]
-    assert 3.5 < found["base"]["target_loss"] < 5.5
+    assert 4.0 < found["base"]["target_loss"] < 6.5
     for cell in (lora, resolved):
         assert cell["target_loss"] < found["base"]["target_loss"]
     assert resolved["target_kl"] < lora["target_kl"]

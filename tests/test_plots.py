@@ -114,6 +114,12 @@ FIGURES = {
         {"batch_spectral_shrinkage+dtnh": [0] * 7, "l2": [1] * 7},
         ["cup", "mug"],
     ),
+    "forgetting": lambda: plots.forgetting(
+        {name: [(3.0, 2.5), (3.5, 2.2)] for name in MANY[:7]}, (4.0, 2.0)
+    ),
+    "forgetting, many": lambda: plots.forgetting(
+        {name: [(3.0, 2.5)] for name in MANY}, (4.0, 2.0)
+    ),
     "prediction_grid, of one": lambda: plots.prediction_grid(
         np.zeros((1, 8, 8, 3), np.uint8), [0], {"l2": [0], "l2+dtnh": [1]}, ["cup"]
     ),
@@ -249,3 +255,17 @@ def test_a_long_name_of_a_class_ends_where_the_next_begins():
     assert other == "b"
     first, second = (axes.title.get_window_extent() for axes in figure.axes)
     assert first.x1 < second.x0
+
+
+def test_what_is_forgotten_is_counted_at_the_lowest_target_loss():
+    curves = {"kl": [(3.5, 2.1), (3.2, 2.4)], "lora": [(3.0, 2.6)]}
+    figure = plots.forgetting(curves, (4.0, 2.0))
+    assert figure.get_suptitle() == "Forgotten: from +0.40 (kl) to +0.60 (lora) nats"
+    first, second, base, _ = figure.axes[0].lines
+    assert first.get_xydata().tolist() == [[3.2, 2.4], [3.5, 2.1]]
+    assert second.get_marker() != first.get_marker()
+    assert base.get_xydata().tolist() == [[4.0, 2.0]]
+    with pytest.raises(ValueError, match="at least 1 method, got 0"):
+        plots.forgetting({}, (4.0, 2.0))
+    with pytest.raises(ValueError, match=r"`curves\['kl'\]` must hold a point"):
+        plots.forgetting({"kl": []}, (4.0, 2.0))

@@ -572,7 +572,7 @@ def built_before_the_parameters(names: Names):
 
 
 def with_a_kl(names: Names):
-    """The KL is less than without its steps, and the base model is as it was."""
+    """The KL is less than without its steps, and the loss is no higher."""
     trained, objective, inputs = (names[x] for x in ("model", "objective", "inputs"))
     rngs = nnx.Rngs(0)
     linear = nnx.Linear(8, 20, rngs=rngs)
@@ -596,8 +596,8 @@ def with_a_kl(names: Names):
 
     losses = [float(step(plain, optimizer)) for _ in range(40)]
     assert losses[0] == names["losses"][0]
-    assert losses[-1] < names["losses"][-1] < losses[0] - 0.05
-    assert 0.001 < names["kl"] < 0.9 * float(objective(plain, **inputs)[1])
+    assert names["losses"][-1] < losses[-1] < losses[0] - 0.3
+    assert 0.1 < names["kl"] < 0.97 * float(objective(plain, **inputs)[1])
 
 
 CHECKS = {

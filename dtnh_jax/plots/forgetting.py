@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from dtnh_jax.plots._style import COLOURS, DASHES, GREY, blank, legend
+from dtnh_jax.plots._style import COLOURS, DASHES, GREY, blank, legend, span
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,6 +23,7 @@ def forgetting(
 
     Returns:
       A figure; points of a method are joined by a line in the order of target losses.
+      The title says who forgets least and most, each where its target loss is lowest.
 
     Raises:
       ValueError: without methods, or for a method without points.
@@ -31,6 +32,8 @@ def forgetting(
       >>> figure = forgetting({"lora": [(3.2, 2.6)], "kl": [(3.4, 2.4)]}, (4.1, 2.3))
       >>> figure.axes[0].get_xlabel()
       'loss on the target (nats per token)'
+      >>> figure.get_suptitle()
+      'Forgotten: from +0.10 (kl) to +0.30 (lora) nats'
     """
     if not curves:
         raise ValueError("`curves` must hold at least 1 method, got 0.")
@@ -58,4 +61,6 @@ def forgetting(
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
     legend(figure, handles, [*curves, "base model"])
+    forgotten = {name: min(points)[1] - base[1] for name, points in curves.items()}
+    figure.suptitle(f"Forgotten: {span(forgotten, '{:+.2f}'.format)} nats", fontsize=11)
     return figure
