@@ -145,6 +145,7 @@ def test_a_run_goes_on_with_the_cell_it_was_at(files, run_dir, capsys):
     assert "holds a run whose `--steps` is 6, got 7" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_devices_parts_and_remat_change_nothing(files, run_dir, tmp_path):
     options = [
         *OPTIONS,
