@@ -287,7 +287,7 @@ def test_a_cached_teacher_is_as_good_as_one_that_looks(batches, tmp_path):
         layers=loop.teacher_layers(SOURCE),
     )
     cached = loading.training_batches(views, 8, seed=0)
-    made = new_trainer("feature_map", Config(), 4)
+    made = new_trainer("feature_map", Config(methods=("all",)), 4)
     ours, _ = train("feature_map+dtnh", cached, 0.1, made=made)
     theirs, _ = train("feature_map+dtnh", batches, 0.1)
     assert_same(ours.params, theirs.params, rtol=1e-5)

@@ -106,7 +106,7 @@ def test_the_report_has_a_row_for_everything_and_costs_for_what_was_trained(run_
         ("lora", None),
         *(("kl", x) for x in (0.0, 1.0)),
         *(("kl+dtnh", x) for x in (0.0, 1.0)),
-        ("kl+never_hurt", 1.0),
+        ("kl+never_hurt", 100.0),
         *(("wise_ft", x) for x in (0.0, 0.5, 1.0)),
         *(("decay", x) for x in (0.0, 2.0)),
     ]

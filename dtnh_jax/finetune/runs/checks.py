@@ -24,9 +24,6 @@ def check(config: Config) -> None:
             f"`--target` must be one of {', '.join(TARGETS)}, {', '.join(FAMILIES)}, "
             f"got {config.target!r}."
         )
-    _check_place("run_dir", config.folder)
-    if config.data_dir is not None:
-        _check_place("data_dir", expanded(config.data_dir))
     if not config.methods:
         raise ValueError("`--methods` must name at least one method, got none.")
     for name in config.methods:
@@ -58,6 +55,10 @@ def check(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ValueError(f"`{flag(name)}` must be above 0 and finite, got {value}.")
+    # Last, as the name of the folder follows from the options.
+    _check_place("run_dir", config.folder)
+    if config.data_dir is not None:
+        _check_place("data_dir", expanded(config.data_dir))
 
 
 def _check_place(name: str, folder: pathlib.Path) -> None:
