@@ -9,6 +9,7 @@ from typing import Any
 
 import tyro
 
+from dtnh_jax import _files
 from dtnh_jax.finetune import directories, shell
 from dtnh_jax.studies.trust.catalogue import LEARNING_RATES, PAIRS, REGULARIZERS
 from dtnh_jax.studies.trust.config import Config, check
@@ -56,8 +57,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _train(config: Config, folder: pathlib.Path, pairs: list[str]) -> None:
     """Trains the cells that are not done."""
-    # Here, because these import Flax, for which `--help` should not wait.
-    from dtnh_jax.finetune.files import write_json
+    # Here, because this imports Flax, for which `--help` should not wait.
     from dtnh_jax.studies.trust import cells
 
     data_dir = (config.data_dir or directories.default_data_dir()).expanduser()
@@ -73,7 +73,8 @@ def _train(config: Config, folder: pathlib.Path, pairs: list[str]) -> None:
         path, start = folder / cell.file, time.monotonic()
         known = _read(path, seeds)
         if known is None or cells.missing(cell, known):
-            write_json(path, cells.run(cell, seeds, data_dir, known))
+            found = cells.run(cell, seeds, data_dir, known)
+            _files.replace(path, json.dumps(found, allow_nan=False) + "\n")
             seconds = f"{time.monotonic() - start:.0f} s"
             print(f"[{number}/{len(todo)}] {path.stem}, {seconds}", flush=True)
 
