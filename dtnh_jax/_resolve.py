@@ -301,8 +301,6 @@ def resolve(
     Returns:
       The leaves that take part; what all regularizers add there; the next state.
     """
-    if ask is None:
-        ask = lambda _, gram: coefficients(options.rule, gram)  # noqa: E731
     params = loss if params is None else params
     first = {name: gradient() for name, gradient in gradients.items()}
     leaves = aligned(loss, list(first.values()), options.mask, params)
@@ -323,7 +321,7 @@ def resolve(
         again = leaves.getter(gradients[name], "regularizer_grads")
         strength = options.strength_at(name, state.step)
         grams = groups.measure(m, again, strength)  # Gram matrices of m and r, by group
-        c = [ask(name, gram) for gram in grams]
+        c = [ask(name, x) if ask else coefficients(options.rule, x) for x in grams]
         bounded = clipped(c, grams, rho, longest)
         part = groups.contribution(bounded, m, r, strength)  # c.g * m + c.r * r
         total = [x + y for x, y in zip(total, part)]

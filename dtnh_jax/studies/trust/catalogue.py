@@ -40,7 +40,7 @@ class Pair(NamedTuple):
     def name(self) -> str:
         """For people, and for files."""
         target = {"fashion-test": "fashion"}.get(self.images, self.images)
-        noise = f"-{self.noise:.0%} wrong".replace("%", "%") if self.noise else ""
+        noise = f"-{self.noise:.0%} wrong" if self.noise else ""
         return f"{self.network}: {self.source} > {target}-{self.per_class}{noise}"
 
 

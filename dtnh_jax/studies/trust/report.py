@@ -50,6 +50,7 @@ def tables(found: dict[str, Any]) -> str:
         cells += [_bound(row["pairs"][pair]) for pair in _pairs(found)]
         harm.append([TITLES[name], *cells])
     parts = [
+        "# Help and harm",
         _markdown(_main(methods, TITLES)),
         "Differences from plain fine-tuning in percentage points (KL: nats an image), "
         f"means over cells. Help kept: of what the best strength in hindsight gains, "
