@@ -185,7 +185,7 @@ def refused(capsys, *arguments):
     ("arguments", "message"),
     [
         ("--source resnet", "`--source` must be one of efficientnet-lite0, eff"),
-        ("--target mnist", "`--target` must be one of elpv, folder:PATH"),
+        ("--target mnist", "`--target` must be one of elpv, elpv-doubtful, folder:"),
         ("--methods l2_sp+ntk", "`--methods` must be one of scratch, fine-tuning"),
         ("--methods l2_sp l2_sp", "`--methods` must name each method once"),
         ("--methods", "`--methods` must name at least one method"),

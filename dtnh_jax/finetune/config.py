@@ -21,13 +21,12 @@ from dtnh_jax.finetune.option_types import Mesh, Strengths
 
 _DEFAULT_STEPS, _DEFAULT_EPOCHS = 36, 12
 # For a target whose pictures are known; `splitting.sizes` counts those of the others.
-_OF_TARGET = {
-    "elpv": {
-        "train_per_class": 50,
-        "validation_per_class": 100,
-        "test_per_class": 300,
-    }
+_OF_ELPV = {
+    "train_per_class": 50,
+    "validation_per_class": 100,
+    "test_per_class": 300,
 }
+_OF_TARGET = {"elpv": _OF_ELPV, "elpv-doubtful": _OF_ELPV}
 _DEFAULT_RATES = {"sgd": 0.01, "adamw": 0.001}
 # These say where and how often files are written, and on how many devices it runs.
 # They change no result but for rounding, so a run may go on with others.
@@ -60,9 +59,9 @@ class Config:
     weights of your own ARCHITECTURE:FILE, such as resnet50:weights.safetensors; or
     MODULE:FUNCTION, which describes a network of your own."""
     target: str = "elpv"
-    """Task to fine-tune on: elpv (solar cells, functional or defective); folder:PATH,
-    your own pictures, a folder for each class; tfds:NAME, a set of TensorFlow Datasets.
-    """
+    """Task to fine-tune on: elpv (solar cells, functional or defective), elpv-doubtful
+    (trained on cells of doubtful labels too); folder:PATH, your own pictures, a folder
+    for each class; tfds:NAME, a set of TensorFlow Datasets."""
     methods: tuple[str, ...] = DEFAULT_METHODS
     """What to compare: REGULARIZER adds the gradients, REGULARIZER+dtnh resolves them,
     REGULARIZER+never_hurt chooses how far to trust it by cross-validation; or `all`."""
@@ -184,7 +183,9 @@ class Config:
         if self.steps is not None:
             return self.steps
         passes = math.ceil(_DEFAULT_EPOCHS * training_images / self.batch_size)
-        return _DEFAULT_STEPS if self.target == "elpv" else max(_DEFAULT_STEPS, passes)
+        return (
+            _DEFAULT_STEPS if self.target in _OF_TARGET else max(_DEFAULT_STEPS, passes)
+        )
 
     @property
     def folder(self) -> pathlib.Path:

@@ -12,10 +12,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from dtnh_jax.finetune import directories
-from dtnh_jax.finetune.data import elpv
+from dtnh_jax.finetune.data import elpv, loading
 from dtnh_jax.finetune.data.class_folders import load_folder
 from dtnh_jax.finetune.data.pictures import UnreadableError, read_picture
-from dtnh_jax.finetune.data.target import Target
+from dtnh_jax.finetune.data.target import Splits, Target
 from dtnh_jax.finetune.data.tfds_target import load_tfds
 
 
@@ -79,14 +79,61 @@ def _family(name: str) -> tuple[str, str]:
 
 def _load_elpv(data_dir: pathlib.Path) -> Target:
     """Returns ELPV: is this solar cell functional or defective?"""
+    stored, probability = _read_elpv(data_dir, "certain")
+    return Target(
+        name="elpv",
+        licence=elpv.LICENCE,
+        class_names=elpv.CLASS_NAMES,
+        examples=grain.MapDataset.source(stored).map_with_index(_decode),
+        labels=probability.astype(int),
+    )
+
+
+def _load_doubtful_elpv(data_dir: pathlib.Path) -> Target:
+    """Returns ELPV, trained on the cells that its experts doubted as well.
+
+    A probability of 1/3 counts as functional there and one of 2/3 as defective.
+    Validation and test pictures are those of `elpv`.
+    """
+    stored, probability = _read_elpv(data_dir, "all")
+    labels = (probability > 0.5).astype(int)
+    certain = np.flatnonzero((probability == 0) | (probability == 1))
+    kept = {"validation_per_class": 100, "test_per_class": 300}
+    rarest = int(np.bincount(labels[certain]).min())
+    own = loading.split(
+        labels[certain], seed=0, train_per_class=rarest - sum(kept.values()), **kept
+    )
+    validation, test = certain[own.validation], certain[own.test]
+    rest = np.setdiff1d(np.arange(len(labels)), np.concatenate([validation, test]))
+    share = 100 * np.mean(~np.isin(rest, certain))
+    return Target(
+        name="elpv-doubtful",
+        licence=elpv.LICENCE,
+        class_names=elpv.CLASS_NAMES,
+        examples=grain.MapDataset.source(stored).map_with_index(
+            lambda index, example: (
+                _decode(index, example) | {"label": int(labels[index])}
+            )
+        ),
+        labels=labels,
+        splits=Splits(rest, validation, test),
+        notes=(
+            f"{share:.0f}% of the pictures for training have labels that the experts "
+            "doubted; none of those for validation and testing have.",
+        ),
+    )
+
+
+def _read_elpv(data_dir: pathlib.Path, config: str) -> tuple[Any, np.ndarray]:
+    """Returns the stored photographs, not decoded, and how likely each is defective."""
     try:
-        builder = elpv.prepare(data_dir)
+        builder = elpv.prepare(data_dir, config)
         # TFDS wraps the method in a way that pyright reads as taking no arguments.
         stored = builder.as_data_source(
             split="train",  # pyright: ignore[reportCallIssue]
             decoders={"image": tfds.decode.SkipDecoding()},
         )
-        labels = np.array([int(example["label"]) for example in stored])
+        probability = [float(example["probability"]) for example in stored]
     except elpv.TargetUnavailableError:
         raise
     except Exception as error:  # whatever TFDS and readers of damaged files raise
@@ -95,13 +142,7 @@ def _load_elpv(data_dir: pathlib.Path) -> Target:
             f"The target 'elpv' can not be prepared in, or read from, {data_dir}: "
             f"{cause:.300}. If {data_dir / 'elpv'} is damaged, delete it."
         ) from error
-    return Target(
-        name="elpv",
-        licence=elpv.LICENCE,
-        class_names=elpv.CLASS_NAMES,
-        examples=grain.MapDataset.source(stored).map_with_index(_decode),
-        labels=labels,
-    )
+    return stored, np.array(probability)
 
 
 def _decode(index: int, example: dict[str, Any]) -> dict[str, Any]:
@@ -119,7 +160,10 @@ def _decode(index: int, example: dict[str, Any]) -> dict[str, Any]:
 
 
 # A new target is a function of the directory for prepared data, and a row here.
-TARGETS: dict[str, Callable[[pathlib.Path], Target]] = {"elpv": _load_elpv}
+TARGETS: dict[str, Callable[[pathlib.Path], Target]] = {
+    "elpv": _load_elpv,
+    "elpv-doubtful": _load_doubtful_elpv,
+}
 # And these open whatever of a kind is named after the colon.
 FAMILIES: dict[str, Callable[[str, _Places], Target]] = {
     "folder:PATH": lambda path, places: load_folder(path, places.written()),
