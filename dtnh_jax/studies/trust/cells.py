@@ -5,7 +5,7 @@ import itertools
 import json
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -100,6 +100,7 @@ def run(
     seeds: tuple[int, ...],
     data_dir: pathlib.Path,
     known: dict[str, Any] | None = None,
+    wanted: Collection[str] = (),
 ) -> dict[str, Any]:
     """Trains all networks of a cell.
 
@@ -108,6 +109,7 @@ def run(
       seeds: of training sets, heads, orders and folds.
       data_dir: where sources are kept.
       known: an earlier result, whose methods are not trained again.
+      wanted: methods, or none for all.
 
     Returns:
       By method: `values`; each axis `[V][S]`; `right`, of held-out examples
@@ -125,10 +127,9 @@ def run(
         ways = METHODS["wise-ft"].values
         back = [_towards(states[-1], place.source, way) for way in ways]
         found["wise-ft"] = _joined(ways, [_judge(place, s, [0.0]) for s in back])
-    for name, method in METHODS.items():
-        if name in found or method.is_alone != (cell.regularizer is None):
-            continue
-        found[name], _ = _run_method(cell, place, name, list(method.values))
+    for name in missing(cell, {"methods": found}, wanted):
+        values = list(METHODS[name].values)
+        found[name], _ = _run_method(cell, place, name, values)
     return {
         **cell._asdict(),
         "seeds": list(seeds),
@@ -239,13 +240,22 @@ def _towards(variables: Any, source: Any, way: float) -> Any:
     return found
 
 
-def missing(cell: Cell, found: dict[str, Any]) -> list[str]:
-    """Returns the methods of a cell that a result does not have."""
+def missing(
+    cell: Cell, found: dict[str, Any], wanted: Collection[str] = ()
+) -> list[str]:
+    """Returns the methods of a cell that a result does not have.
+
+    Args:
+      cell: what they belong to.
+      found: the result.
+      wanted: methods, or none for all. What comes with plain fine-tuning is always.
+    """
     return [
         name
         for name, method in METHODS.items()
         if method.is_alone == (cell.regularizer is None)
         and name not in found["methods"]
+        and (not wanted or name in wanted or name in ("early", "wise-ft"))
     ]
 
 

@@ -11,7 +11,12 @@ import tyro
 
 from dtnh_jax import _files
 from dtnh_jax.finetune import directories, shell
-from dtnh_jax.studies.trust.catalogue import LEARNING_RATES, PAIRS, REGULARIZERS
+from dtnh_jax.studies.trust.catalogue import (
+    LEARNING_RATES,
+    METHODS,
+    PAIRS,
+    REGULARIZERS,
+)
 from dtnh_jax.studies.trust.config import Config, check
 
 _FIRST_SEED = {"choosing": 0, "final": 200}
@@ -28,7 +33,13 @@ def run(argv: Sequence[str]) -> int:
     """
     config = tyro.cli(Config, prog="dtnh study", args=list(argv))
     try:
-        check(config, list(LEARNING_RATES), list(REGULARIZERS))
+        free = ("early", "wise-ft")  # of one training, plain fine-tuning's
+        check(
+            config,
+            list(LEARNING_RATES),
+            list(REGULARIZERS),
+            [name for name in METHODS if name not in free],
+        )
         pairs = [
             name
             for name, pair in PAIRS.items()
@@ -72,8 +83,8 @@ def _train(config: Config, folder: pathlib.Path, pairs: list[str]) -> None:
     for number, cell in enumerate(todo, start=1):
         path, start = folder / cell.file, time.monotonic()
         known = _read(path, seeds)
-        if known is None or cells.missing(cell, known):
-            found = cells.run(cell, seeds, data_dir, known)
+        if known is None or cells.missing(cell, known, config.methods):
+            found = cells.run(cell, seeds, data_dir, known, config.methods)
             _files.replace(path, json.dumps(found, allow_nan=False) + "\n")
             seconds = f"{time.monotonic() - start:.0f} s"
             print(f"[{number}/{len(todo)}] {path.stem}, {seconds}", flush=True)

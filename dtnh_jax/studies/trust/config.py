@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Collection
 from typing import Literal
 
 
@@ -22,6 +23,9 @@ class Config:
     """sgd (momentum 0.9) or adamw."""
     regularizers: tuple[str, ...] = ("l2_sp", "feature_map")
     """What pulls back to the source."""
+    methods: tuple[str, ...] = ()
+    """Methods beside plain fine-tuning, early stopping and WiSE-FT, such as trust sum
+    dtnh. By default all."""
     seeds: int = 10
     """Repetitions, with other training images, head, order and folds each."""
     report_only: bool = False
@@ -32,19 +36,38 @@ class Config:
     """Folder for sources and data. By default DTNH_DATA_DIR, or the user's cache."""
 
 
-def check(config: Config, optimizers: object, regularizers: object) -> None:
-    """Raises ValueError for what can not be meant.
+def check(
+    config: Config,
+    optimizers: Collection[str],
+    regularizers: Collection[str],
+    methods: Collection[str],
+) -> None:
+    """Checks the options.
 
     Args:
       config: the options.
-      optimizers: that there are.
-      regularizers: that there are.
+      optimizers: the known ones.
+      regularizers: the known ones.
+      methods: the known ones.
+
+    Raises:
+      ValueError: for values that are out of range or unknown.
     """
     if config.seeds < 2:
         raise ValueError(f"`--seeds` must be at least 2, got {config.seeds}.")
-    for option, known in (("optimizers", optimizers), ("regularizers", regularizers)):
+    all_known = {
+        "optimizers": optimizers,
+        "regularizers": regularizers,
+        "methods": methods,
+    }
+    for option, known in all_known.items():
         for name in getattr(config, option):
-            if name not in known:  # type: ignore[operator]
+            if name not in known:
                 raise ValueError(
-                    f"`--{option}` must be of {', '.join(known)}, got {name}."  # type: ignore[arg-type]
+                    f"`--{option}` must be of {', '.join(known)}, got {name}."
                 )
+    if config.methods and not {"trust", "sum"} <= set(config.methods):
+        raise ValueError(
+            "`--methods` must hold trust and sum, which tables are made around, got "
+            f"{' '.join(config.methods)}."
+        )
