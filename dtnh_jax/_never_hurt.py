@@ -9,11 +9,17 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from dtnh_jax import rules
-from dtnh_jax._arguments import Options, Strength, at, check_number, checked_options
+from dtnh_jax._arguments import (
+    Options,
+    Strength,
+    check_number,
+    checked_options,
+    value_at,
+)
 from dtnh_jax._axes import AxisName
-from dtnh_jax._geometry import Measured, finite, groups_of, root
+from dtnh_jax._geometry import Measured, finite, groups_of, safe_sqrt
 from dtnh_jax._resolve import ConflictState, init_state, resolve
-from dtnh_jax._trees import Mask, aligned, given
+from dtnh_jax._trees import Mask, aligned, split_updates
 from dtnh_jax.regularizers.weights import WeightRegularizer
 from dtnh_jax.rules._gram import Coefficients, Gram, ratio
 
@@ -142,7 +148,7 @@ def never_hurt(
         **extra_args,
     ):
         del extra_args
-        loss, gradients = given(
+        loss, gradients = split_updates(
             options, updates, regularizer_grads, params, state.anchor
         )
         measured = options.by_name(state.measured, "state.measured")
@@ -150,7 +156,7 @@ def never_hurt(
         agreement = options.by_name(state.agreement, "state.agreement")
         level = {name: x.trust for name, x in measured.items()}
         if trust is not None:
-            level = {name: at(trust, state.step) for name in level}
+            level = {name: value_at(trust, state.step) for name in level}
         elif held_out_grads is not None:
             cosines = _cosines(options, loss, gradients, held_out_grads, params)
             agreement = {
@@ -161,10 +167,12 @@ def never_hurt(
             level = {name: _next_trust(level[name], agreement[name]) for name in level}
         loss_norms = state.loss_norms
 
-        def ask(name: str, gram: Gram) -> Coefficients:
+        def coefficients_of(name: str, gram: Gram) -> Coefficients:
             nonlocal loss_norms
             is_finite = finite(gram)
-            g, r = (jnp.where(is_finite, root(x), 0)[0] for x in (gram.gg, gram.rr))
+            g, r = (
+                jnp.where(is_finite, safe_sqrt(x), 0)[0] for x in (gram.gg, gram.rr)
+            )
             # `g` is the same for every regularizer.
             loss_norms = jnp.maximum(loss_norms, state.loss_norms + g)
             largest[name] = jnp.maximum(largest[name], r)
@@ -181,7 +189,7 @@ def never_hurt(
             loss,
             gradients,
             params,
-            ask=ask,
+            coefficients_of=coefficients_of,
         )
         measured = options.by_name(after.measured, "state.measured")
         measured = {n: x._replace(trust=level[n]) for n, x in measured.items()}
@@ -216,7 +224,7 @@ def _cosines(
         grams = groups.measure(h, again)
         found[name] = jnp.zeros([])
         for gram in grams:  # one, or none if the mask keeps no leaf
-            cosine = ratio(ratio(gram.gr, root(gram.gg)), root(gram.rr))[0]
+            cosine = ratio(ratio(gram.gr, safe_sqrt(gram.gg)), safe_sqrt(gram.rr))[0]
             is_finite = finite(gram)[0] & jnp.isfinite(cosine)
             found[name] = jnp.where(is_finite, cosine, 0).astype(jnp.float32)
     return found
