@@ -238,8 +238,8 @@ def test_the_table_is_of_differences_to_plain_fine_tuning(tiny_cells, tmp_path, 
     ("arguments", "message"),
     [
         (["--seeds", "1"], "`--seeds` must be at least 2"),
-        (["--optimizers", "adam"], "`--optimizers` must be of sgd, adamw, got adam"),
-        (["--only", "cats"], "`--only` must be part of the name of a pair"),
+        (["--optimizers", "adam"], "`--optimizers` must be one of sgd, adamw"),
+        (["--only", "cats"], "`--only` must occur in the name of a pair"),
         (["--report-only"], "must hold cells with a regularizer, got none"),
     ],
 )

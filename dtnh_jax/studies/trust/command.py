@@ -1,4 +1,4 @@
-"""What `dtnh study` does."""
+"""Runs `dtnh study`."""
 
 import itertools
 import json
@@ -23,13 +23,13 @@ _FIRST_SEED = {"choosing": 0, "final": 200}
 
 
 def run(argv: Sequence[str]) -> int:
-    """Runs the command, or makes its report alone.
+    """Trains the cells that are missing and writes the report, or only the report.
 
     Args:
       argv: the arguments after `dtnh study`.
 
     Returns:
-      The exit status, as `dtnh_jax._cli.main` says.
+      The exit status, as in `dtnh_jax._cli.main`.
     """
     config = tyro.cli(Config, prog="dtnh study", args=list(argv))
     try:
@@ -47,7 +47,7 @@ def run(argv: Sequence[str]) -> int:
         ]
         if not pairs:
             raise ValueError(
-                "`--only` must be part of the name of a pair, such as "
+                "`--only` must occur in the name of a pair, such as "
                 f"{next(iter(PAIRS))!r}, got {config.only!r}."
             )
     except ValueError as error:
@@ -68,7 +68,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _train(config: Config, folder: pathlib.Path, pairs: list[str]) -> None:
     """Trains the cells that are not done."""
-    # Here, because this imports Flax, for which `--help` should not wait.
+    # Imported here because `--help` should not wait for Flax.
     from dtnh_jax.studies.trust import cells
 
     data_dir = (config.data_dir or directories.default_data_dir()).expanduser()
@@ -91,13 +91,13 @@ def _train(config: Config, folder: pathlib.Path, pairs: list[str]) -> None:
 
 
 def _read(path: pathlib.Path, seeds: tuple[int, ...]) -> dict[str, Any] | None:
-    """An earlier result, if there is one."""
+    """Returns an earlier result, or None."""
     if not path.exists():
         return None
     known = json.loads(path.read_text())
     if known["seeds"] != list(seeds):
         raise ValueError(
-            f"{path} has {len(known['seeds'])} seeds, got `--seeds {len(seeds)}`: give "
+            f"{path} has {len(known['seeds'])} seeds, got `--seeds {len(seeds)}`: set "
             "another `--run-dir`."
         )
     return known

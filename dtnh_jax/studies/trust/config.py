@@ -8,28 +8,29 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Measures what trust keeps of a regularizer's help and harm, beside its rivals.
+    """Measures how much help and harm `never_hurt` and its rivals keep.
 
-    Trains every method with every value of its number, on folds of the training set and
-    on all of it; a file for each pair, optimizer and regularizer. The same command goes
-    on after an interruption, and commands with other pairs may run at the same time.
+    Trains every method with every value of its hyperparameter, on folds of the training
+    set and on all of it. Writes a file for each pair, optimizer and regularizer. Run
+    the same command again to resume after an interruption. Commands with other pairs
+    may run at the same time.
     """
 
     part: Literal["choosing", "final"] = "choosing"
-    """Pairs that the recipe was chosen by, or those that were run once at the end."""
+    """Pairs by which the recipe was chosen, or those that were run once at the end."""
     only: str = ""
-    """Only pairs with this in their name, such as "dense" or "fashion > digits"."""
+    """Only pairs with this text in their name, such as "dense" or "mnist > digits"."""
     optimizers: tuple[str, ...] = ("sgd", "adamw")
     """sgd (momentum 0.9) or adamw."""
     regularizers: tuple[str, ...] = ("l2_sp", "feature_map")
-    """What pulls back to the source."""
+    """Regularizers: l2_sp or feature_map."""
     methods: tuple[str, ...] = ()
     """Methods beside plain fine-tuning, early stopping and WiSE-FT, such as trust sum
     dtnh. By default all."""
     seeds: int = 10
-    """Repetitions, with other training images, head, order and folds each."""
+    """Repetitions, each with other training images, head, order and folds."""
     report_only: bool = False
-    """Make the tables and pictures of the cells that are done, and train nothing."""
+    """Write tables and pictures of the cells that are done; train nothing."""
     run_dir: pathlib.Path = pathlib.Path("runs", "study")
     """Folder for results."""
     data_dir: pathlib.Path | None = None
@@ -46,12 +47,12 @@ def check(
 
     Args:
       config: the options.
-      optimizers: the known ones.
-      regularizers: the known ones.
-      methods: the known ones.
+      optimizers: names of the known optimizers.
+      regularizers: names of the known regularizers.
+      methods: names of the known methods.
 
     Raises:
-      ValueError: for values that are out of range or unknown.
+      ValueError: an option is out of range or unknown.
     """
     if config.seeds < 2:
         raise ValueError(f"`--seeds` must be at least 2, got {config.seeds}.")
@@ -64,7 +65,7 @@ def check(
         for name in getattr(config, option):
             if name not in known:
                 raise ValueError(
-                    f"`--{option}` must be of {', '.join(known)}, got {name}."
+                    f"`--{option}` must be one of {', '.join(known)}, got {name}."
                 )
     if config.methods and not {"trust", "sum"} <= set(config.methods):
         raise ValueError(
