@@ -16,7 +16,7 @@ import tiny_network
 from kill_and_resume import deterministic
 
 from dtnh_jax._cli import main
-from dtnh_jax.finetune.methods import REGULARIZERS
+from dtnh_jax.finetune.regularizers import REGULARIZERS
 from dtnh_jax.finetune.weights.sources import SOURCES
 
 TINY = {

@@ -14,10 +14,10 @@ from dtnh_jax.finetune.methods import (
     DEFAULT_METHODS,
     DEFAULT_STRENGTH,
     METHODS,
-    REGULARIZERS,
     RULES,
 )
 from dtnh_jax.finetune.option_types import Mesh, Strengths
+from dtnh_jax.finetune.regularizers import REGULARIZERS
 
 _DEFAULT_STEPS, _DEFAULT_EPOCHS = 36, 12
 # For a target whose pictures are known; `splitting.sizes` counts those of the others.

@@ -9,16 +9,7 @@ instead, by a trust that is chosen by cross-validation. `scratch`, `fine-tuning`
 
 from typing import NamedTuple
 
-
-class Regularizer(NamedTuple):
-    """What options and trainings need to know of a regularizer beside its function."""
-
-    strength: float  # by default, as `--tune` chose it
-    grid: tuple[float, ...]  # of `--tune`
-    has_teacher: bool = False  # whether the teacher has to look at the batch
-    estimate: str | None = None  # one of `estimates.ESTIMATES`
-    keeps_source_head: bool = False  # beside the new one, and trained with it
-    has_adapters: bool = False  # the only weights, with the head, that are trained
+from dtnh_jax.finetune.regularizers import REGULARIZERS
 
 
 class Method(NamedTuple):
@@ -47,29 +38,6 @@ class Method(NamedTuple):
         return "lora" if self.has_adapters else "fine-tuning"
 
 
-# A new regularizer is a row here, and one in `training.regularizers`.
-REGULARIZERS = {
-    "l2": Regularizer(0.0001, (0.0001, 0.001, 0.01)),
-    "l2_sp": Regularizer(0.1, (0.01, 0.1, 1.0)),
-    "l1_sp": Regularizer(1e-4, (1e-4, 1e-3, 1e-2)),
-    "l2_sp_fisher": Regularizer(0.1, (0.01, 0.1, 1.0), estimate="fisher"),
-    "lora_decay": Regularizer(0.1, (0.1, 1.0, 10.0), has_adapters=True),
-    "feature_map": Regularizer(1e-4, (1e-5, 1e-4, 1e-3), has_teacher=True),
-    "attention_transfer": Regularizer(1.0, (1.0, 10.0, 100.0), has_teacher=True),
-    "delta": Regularizer(
-        1.0, (0.01, 0.1, 1.0), has_teacher=True, estimate="channel_attention"
-    ),
-    "relational": Regularizer(10.0, (0.1, 1.0, 10.0), has_teacher=True),
-    "cka": Regularizer(10.0, (0.1, 1.0, 10.0), has_teacher=True),
-    "logit_distillation": Regularizer(
-        0.01, (0.01, 0.1, 1.0), has_teacher=True, keeps_source_head=True
-    ),
-    "lwf": Regularizer(1.0, (0.1, 1.0, 10.0), has_teacher=True, keeps_source_head=True),
-    "co_tuning": Regularizer(
-        0.1, (0.01, 0.1, 1.0), estimate="relationship", keeps_source_head=True
-    ),
-    "batch_spectral_shrinkage": Regularizer(0.0001, (0.0001, 0.001, 0.01)),
-}
 ADDED, NEVER_HURT = "sum", "never_hurt"
 # `never_hurt` has this multiple of the usual strength, so that trust decides alone.
 UNLIMITED = 1e4
