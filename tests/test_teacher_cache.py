@@ -371,7 +371,7 @@ def test_features_that_do_not_fit_are_named(tmp_path):
         return {"early": batch["image"].sum()}
 
     arguments = {"teacher": variables, "layers": ["early"], "batch_size": 4}
-    with pytest.raises(ValueError, match=r"`compute` must give .*'early'.*got .*\(\)"):
+    with pytest.raises(ValueError, match=r"`compute` must return .*'early'.*got .*\(\)"):
         cache_features(tmp_path / "scalar", examples, summed, **arguments)
 
     def growing(batch, sizes=iter((2, 2, 3))):  # noqa: B008

@@ -67,9 +67,9 @@ def batch_spectral_shrinkage(
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     # Eigenvalues of this Gram matrix are the squares; `eigh` sorts them upwards. The
     # sum of the k smallest is the minimum of `||U^T F||^2` over all U with k
-    # orthonormal columns, which the eigenvectors attain. At a minimum the derivative through U is
-    # zero, so the gradient `2 U U^T F` with constant U is exact. The derivative of
-    # `eigh` would divide by differences of eigenvalues, which may be 0.
+    # orthonormal columns, which the eigenvectors attain. At a minimum the derivative
+    # through U is zero, so the gradient `2 U U^T F` with constant U is exact. The
+    # derivative of `eigh` would divide by differences of eigenvalues, which may be 0.
     held = jax.lax.stop_gradient(wide)
     _, directions = jnp.linalg.eigh(_product(held, held.T))
     smallest = directions[:, :k]  # [rank, k]

@@ -124,7 +124,7 @@ def _pairs(params: optax.Params, adapters: _Adapters) -> list[_Pair]:
             ((name, i),) = at.items()
             raise ValueError(
                 f"`params` must have {b if name == a else a!r} next to every {name!r}, "
-                f"got only '{paths[i]}'."
+                f"got '{paths[i]}' alone."
             )
         x, y = jnp.asarray(leaves[at[a]]), jnp.asarray(leaves[at[b]])
         shapes_match = (
