@@ -456,7 +456,7 @@ def test_batches_have_to_be_the_same_each_time():
         def __iter__(self):
             return iter([{"x": self.random.random((2, 3)), "y": np.ones(2)}])
 
-    with pytest.raises(ValueError, match="`batches` must be the same each time"):
+    with pytest.raises(ValueError, match="`batches` must be the same in every"):
         channel_attention(LOSS, CHANNELS, Shuffled())
 
 
