@@ -200,7 +200,7 @@ def test_a_changed_example_is_found_when_it_is_read(tmp_path):
     examples[7] = examples[7] | {"image": examples[7]["image"] ^ 1}
     cached = Teacher().cached(tmp_path, examples)
     assert cached[6]["label"] == 6
-    with pytest.raises(StaleCacheError, match=r"Example 7 differs .*delete that folder"):
+    with pytest.raises(StaleCacheError, match=r"Example 7 .*delete that folder"):
         cached[7]
     relabelled = numbered()
     relabelled[0] = relabelled[0] | {"label": 1}
@@ -371,7 +371,7 @@ def test_features_that_do_not_fit_are_named(tmp_path):
         return {"early": batch["image"].sum()}
 
     arguments = {"teacher": variables, "layers": ["early"], "batch_size": 4}
-    with pytest.raises(ValueError, match=r"`compute` must return .*'early'.*got .*\(\)"):
+    with pytest.raises(ValueError, match=r"`compute` must .*'early'.*got .*\(\)"):
         cache_features(tmp_path / "scalar", examples, summed, **arguments)
 
     def growing(batch, sizes=iter((2, 2, 3))):  # noqa: B008

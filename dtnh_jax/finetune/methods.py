@@ -13,7 +13,7 @@ from dtnh_jax.finetune.regularizers import REGULARIZERS
 
 
 class Method(NamedTuple):
-    """What is trained."""
+    """A way of training: pretrained or not, a regularizer, a rule."""
 
     name: str
     is_pretrained: bool = True
@@ -23,7 +23,7 @@ class Method(NamedTuple):
 
     @property
     def never_hurts(self) -> bool:
-        """Whether it is `dtnh_jax.never_hurt` that adds the regularizer."""
+        """Whether `dtnh_jax.never_hurt` adds the regularizer."""
         return self.rule == NEVER_HURT
 
     @property
@@ -39,7 +39,7 @@ class Method(NamedTuple):
 
 
 ADDED, NEVER_HURT = "sum", "never_hurt"
-# `never_hurt` has this multiple of the usual strength, so that trust decides alone.
+# `never_hurt` gets this multiple of the usual strength, so that only trust matters.
 UNLIMITED = 1e4
 # A new rule is a name here, and a row in `training.optimizers`.
 RULES = (ADDED, "dtnh")
@@ -63,7 +63,7 @@ METHODS = {
         ),
     )
 }
-# What is compared unless `--methods` says otherwise; `all` there means `METHODS`.
+# Default of `--methods`; `all` stands for `METHODS`.
 DEFAULT_METHODS = ("fine-tuning", "l2_sp", "l2_sp+dtnh", "l2_sp+never_hurt")
-# A hundred times the usual strength: what becomes of a wrong one is the point.
+# A hundred times the usual strength: the default run shows the effect of a wrong one.
 DEFAULT_STRENGTH = {"l2_sp": 10.0}
