@@ -1,4 +1,4 @@
-"""What is learned against what is forgotten."""
+"""Loss on the target against loss on the original task."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -14,19 +14,20 @@ _MARKERS = "osD^vPX*"
 def forgetting(
     curves: Mapping[str, Sequence[tuple[float, float]]], base: tuple[float, float]
 ) -> "Figure":
-    """Losses on what is learned and on what may be forgotten: lower left is better.
+    """Plots losses on the target and on the original task: lower left is better.
 
     Args:
-      curves: of each method, a point `(target loss, kept loss)` for each of its
+      curves: for each method, a point `(target loss, original loss)` for each of its
         strengths, in nats per token.
-      base: the same of the model before fine-tuning.
+      base: the same point of the model before fine-tuning.
 
     Returns:
-      A figure; points of a method are joined by a line in the order of target losses.
-      The title says who forgets least and most, each where its target loss is lowest.
+      A figure; a line joins the points of a method in the order of target losses. The
+      title names the methods that forget least and most, each at its lowest target
+      loss.
 
     Raises:
-      ValueError: without methods, or for a method without points.
+      ValueError: there are no methods, or a method has no points.
 
     Example:
       >>> figure = forgetting({"lora": [(3.2, 2.6)], "kl": [(3.4, 2.4)]}, (4.1, 2.3))
@@ -57,7 +58,7 @@ def forgetting(
     handles += axes.plot(*base, "+", color=GREY, markersize=10, linestyle="none")
     axes.axhline(base[1], color=GREY, linewidth=0.8)
     axes.set_xlabel("loss on the target (nats per token)")
-    axes.set_ylabel("loss on what may be forgotten")
+    axes.set_ylabel("loss on the original task (nats per token)")
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
     legend(figure, handles, [*curves, "base model"])
