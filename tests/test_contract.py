@@ -300,7 +300,7 @@ def test_decays_that_half_precision_has_rounded_to_one():
     params = jnp.ones(3, jnp.bfloat16)
     g, r = jnp.array([1.0, 2.0, 0.0]), jnp.array([-1.0, 0.0, 1.0])
     rounded = optax.inject_hyperparams(dtnh)(strength=1.0, ema_decay=0.999)
-    with pytest.raises(ValueError, match=r"got 1.*give it `hyperparam_dtype"):
+    with pytest.raises(ValueError, match=r"got 1.*pass `hyperparam_dtype"):
         rounded.init(params)
     with pytest.warns(UserWarning, match=r"`ema_decay` .* at most 0.9961.*float32"):
         found = average(rounded, params, g, r)

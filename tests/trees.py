@@ -4,6 +4,9 @@ Pairs of one structure are stacked along a leading axis, so that a property of a
 them takes one program, compiled once.
 """
 
+from operator import itemgetter
+from typing import NamedTuple
+
 import jax
 import numpy as np
 
@@ -13,6 +16,11 @@ STRUCTURES = {
     "nested": {"first": (2, 1, 4), "rest": {"0": (3,), "1": ()}},
 }
 KINDS = ("any", "any", "any", "opposed", "zero g", "zero r")
+
+
+class _Pair(NamedTuple):
+    g: np.ndarray
+    r: np.ndarray
 
 
 def _is_shape(x):
@@ -35,20 +43,13 @@ def pairs(structure: str, low: int = -3, high: int = 3, count: int = 100):
         y = np.where(kind == "opposed", -x, y)
         leaves = (np.where(kind == "zero g", 0, x), np.where(kind == "zero r", 0, y))
         scaled = [leaf * s.reshape(count, *ones) for leaf, s in zip(leaves, scales)]
-        return [leaf.astype(np.float32) for leaf in scaled]
+        return _Pair(*[leaf.astype(np.float32) for leaf in scaled])
 
-    tree = STRUCTURES[structure]
-    drawn = jax.tree.map(draw, tree, is_leaf=_is_shape)
-    return [
-        jax.tree.map(lambda _, leaf: leaf[i], tree, drawn, is_leaf=_is_shape)
+    drawn = jax.tree.map(draw, STRUCTURES[structure], is_leaf=_is_shape)
+    return tuple(
+        jax.tree.map(itemgetter(i), drawn, is_leaf=lambda x: isinstance(x, _Pair))
         for i in range(2)
-    ]
-
-
-def each(*stacked):
-    """The pairs one by one, for what is computed in NumPy."""
-    count = len(jax.tree.leaves(stacked)[0])
-    return (jax.tree.map(lambda x: x[i], stacked) for i in range(count))
+    )
 
 
 def lengths(*trees) -> np.ndarray:
