@@ -380,6 +380,7 @@ TINY = (
 )
 
 
+@pytest.mark.e2e
 def test_the_command_writes_a_ratio_for_every_method(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(SOURCES, "tiny", tiny_network.TINY)
     path = tmp_path / "times.json"

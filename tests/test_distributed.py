@@ -112,6 +112,7 @@ def assert_same_curves(run_dir, alone):
     assert found == expected  # every prediction
 
 
+@pytest.mark.e2e
 def test_two_processes_have_the_curves_of_one(data_dir, alone, tmp_path):
     run_dir = tmp_path / "run"
     first, second = finish(*start_pair(data_dir, run_dir))
@@ -125,6 +126,7 @@ def test_two_processes_have_the_curves_of_one(data_dir, alone, tmp_path):
     assert measured["mesh"] == {"data": 2, "fsdp": 2}
 
 
+@pytest.mark.e2e
 def test_the_loss_of_a_process_ends_the_other_and_a_new_pair_goes_on(
     data_dir, alone, tmp_path
 ):
@@ -158,6 +160,7 @@ def test_a_signal_to_one_stops_both_at_one_step(data_dir, alone, tmp_path):
     assert_same_curves(run_dir, alone)
 
 
+@pytest.mark.e2e
 def test_processes_that_have_other_pictures_are_refused(data_dir, tmp_path):
     cwds = [tmp_path / name for name in ("here", "there")]
     for cwd in cwds:

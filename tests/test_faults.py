@@ -154,6 +154,7 @@ def allow(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, HARD))
 
 
+@pytest.mark.e2e
 def test_a_full_disk_and_a_damaged_checkpoint(run, whole, tmp_path, monkeypatch):
     ours = tmp_path / "ours"
     save = checkpoints.save
@@ -222,6 +223,7 @@ def test_a_full_disk_for_metrics(run, tmp_path, monkeypatch):
     assert err.startswith("dtnh: writing failed: File too large. Finished work is in ")
 
 
+@pytest.mark.e2e
 def test_what_is_never_finite_again_stops_the_run(run, tmp_path, monkeypatch):
     ours, real = tmp_path / "run", preparation.batches
     poison = {"on": True}

@@ -68,6 +68,7 @@ def wait_for_lines(process, path, count):
         time.sleep(0.002)
 
 
+@pytest.mark.e2e
 def test_an_interrupted_run_goes_on_to_bitwise_the_same_results(data_dir, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     out = finish(start(data_dir, whole))
@@ -105,6 +106,7 @@ def nothing_kept(monkeypatch):
     monkeypatch.setattr("dtnh_jax.finetune.directories.keep_compiled", lambda _: None)
 
 
+@pytest.mark.e2e
 def test_the_real_network_and_photographs(capsys, data_dir, tmp_path, nothing_kept):
     run_dir = tmp_path / "run"
     arguments = (
@@ -120,6 +122,7 @@ def test_the_real_network_and_photographs(capsys, data_dir, tmp_path, nothing_ke
     assert (run_dir / "results.json").read_bytes() == before
 
 
+@pytest.mark.e2e
 def test_trust_is_chosen_by_a_race_over_folds(capsys, data_dir, tmp_path):
     SOURCES["tiny"] = tiny_network.TINY
     options = {**TINY, "--seeds": "1", "--data-dir": str(data_dir)}
@@ -262,6 +265,7 @@ def test_studies_that_are_not_installed_are_in_the_repository(capsys, monkeypatc
     assert capsys.readouterr().err == err
 
 
+@pytest.mark.e2e
 def test_output_that_nobody_reads_ends_the_command_without_a_word():
     reads, writes = os.pipe()
     os.close(reads)

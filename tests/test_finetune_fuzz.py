@@ -17,8 +17,8 @@ from dtnh_jax.finetune.runs.checks import check
 
 
 def test_damaged_weights_are_read_or_refused(tmp_path):
-    refused = fuzz_weights.fuzz(400, 0, tmp_path)
-    assert 200 < refused < 400  # both happen
+    refused = fuzz_weights.fuzz(120, 0, tmp_path)  # as a script it reads thousands
+    assert 60 < refused < 120  # both happen
 
 
 def test_the_watch_sees_what_is_run(monkeypatch):

@@ -305,6 +305,7 @@ def test_the_default_run_keeps_its_numbers_and_its_name():
     assert name.startswith("folder-home-me-my-photos-")
 
 
+@pytest.mark.e2e
 def test_thirty_photographs_of_each_of_three_classes(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(SOURCES, "tiny", tiny_network.TINY)
     monkeypatch.setattr("dtnh_jax.finetune.directories.keep_compiled", lambda _: None)

@@ -73,6 +73,7 @@ def losses_of(found, method, strength=0.0):
     return np.array([cell[key] for key in LOSSES])
 
 
+@pytest.mark.e2e
 def test_at_strength_zero_every_method_is_plain_adapters(run_dir):
     found = read(run_dir)
     plain = losses_of(found, "lora")
@@ -82,6 +83,7 @@ def test_at_strength_zero_every_method_is_plain_adapters(run_dir):
         )
 
 
+@pytest.mark.e2e
 def test_all_the_way_back_is_the_base_model(run_dir):
     found = read(run_dir)
     base = [found["base"][key] for key in LOSSES]
@@ -89,6 +91,7 @@ def test_all_the_way_back_is_the_base_model(run_dir):
     np.testing.assert_allclose(base[2:], 0.0, atol=1e-6)
 
 
+@pytest.mark.e2e
 def test_training_learns_and_regularizers_hold_back(run_dir):
     found = read(run_dir)
     base = np.array([found["base"][key] for key in LOSSES])
@@ -99,6 +102,7 @@ def test_training_learns_and_regularizers_hold_back(run_dir):
         assert 0 < target_kl < 0.95 * plain[2], name
 
 
+@pytest.mark.e2e
 def test_the_report_has_a_row_for_everything_and_costs_for_what_was_trained(run_dir):
     found = read(run_dir)
     rows = [(row["method"], row["strength"]) for row in found["rows"]]
@@ -127,6 +131,7 @@ def test_the_report_has_a_row_for_everything_and_costs_for_what_was_trained(run_
     assert all(0 < error < 1 for error in errors)
 
 
+@pytest.mark.e2e
 def test_a_run_goes_on_with_the_cell_it_was_at(files, run_dir, capsys):
     before = read(run_dir)
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()

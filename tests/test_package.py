@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 import dtnh_jax
 from dtnh_jax import regularizers, rules
 from dtnh_jax.finetune.regularizers import REGULARIZERS
@@ -45,6 +47,7 @@ def test_every_public_name_has_a_docstring():
             assert getattr(module, name).__doc__
 
 
+@pytest.mark.e2e
 def test_the_core_imports_no_flax_no_data_and_no_figures():
     heavy = ["flax", "tensorflow_datasets", "grain", "matplotlib", "orbax", "tyro"]
     code = f"import sys, dtnh_jax; print([m for m in {heavy} if m in sys.modules])"
@@ -52,6 +55,7 @@ def test_the_core_imports_no_flax_no_data_and_no_figures():
     assert done.stdout.strip() == "[]", done.stderr
 
 
+@pytest.mark.e2e
 def test_the_readme_fits_a_few_screens_and_its_first_lines_run():
     readme = (ROOT / "README.md").read_text()
     assert len(readme.splitlines()) <= 200
