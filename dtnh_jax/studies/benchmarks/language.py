@@ -22,6 +22,7 @@ GROUP = "language"
 _TARGET = 1.4
 _RESOLVED, _LEARNED = f"{KL}+{DTNH}", f"{KL}+{NEVER_HURT}"
 _JUDGE = "gradient of held-out text"
+_EVERY = (1, 4)  # steps from one such gradient to the next
 NAMES = (LORA, KL, _RESOLVED, _LEARNED, DECAY)
 
 
@@ -51,14 +52,13 @@ def measure(
     subject = f"{prepared.model.name}, {batch} x {context} tokens"
     calls, sizes = _steps(prepared)
     seconds = dict(interleaved(calls, rounds))
-    every = config.held_out_every
-    learned = f"{_LEARNED}, held out every {every}"
-    seconds[learned] = seconds[_LEARNED] + seconds[_JUDGE] / every
+    for every in _EVERY:
+        seconds[_learned(every)] = seconds[_LEARNED] + seconds[_JUDGE] / every
     comparisons = {
         KL: [one(LORA)],
         _RESOLVED: [one(KL, _TARGET), one(LORA)],
         _LEARNED: [one(KL, _TARGET), one(LORA)],
-        learned: [one(KL), one(LORA)],
+        **{_learned(every): [one(KL), one(LORA)] for every in _EVERY},
         DECAY: [one(LORA)],
     }
     return timed(GROUP, subject, seconds, comparisons) + _memory(subject, sizes)
@@ -122,3 +122,7 @@ def _memory(subject: str, sizes: dict[str, float]) -> list[Row]:
         if name not in against:
             rows.append(row)
     return rows
+
+
+def _learned(every: int) -> str:
+    return f"{_LEARNED}, held out every {every}"
