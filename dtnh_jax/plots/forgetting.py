@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from dtnh_jax.plots._style import COLOURS, DASHES, GREY, blank, legend, span
+from dtnh_jax.plots._style import COLOURS, DASHES, GREY, blank, legend
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,8 +23,7 @@ def forgetting(
 
     Returns:
       A figure; a line joins the points of a method in the order of target losses. The
-      title names the methods that forget least and most, each at its lowest target
-      loss.
+      title states the lowest target loss and the most that is forgotten.
 
     Raises:
       ValueError: there are no methods, or a method has no points.
@@ -34,7 +33,7 @@ def forgetting(
       >>> figure.axes[0].get_xlabel()
       'loss on the target (nats per token)'
       >>> figure.get_suptitle()
-      'Forgotten: from +0.10 (kl) to +0.30 (lora) nats'
+      'Target loss from 4.10 to 3.20, forgotten up to +0.30 nats'
     """
     if not curves:
         raise ValueError("`curves` must hold at least 1 method, got 0.")
@@ -62,6 +61,11 @@ def forgetting(
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
     legend(figure, handles, [*curves, "base model"])
-    forgotten = {name: min(points)[1] - base[1] for name, points in curves.items()}
-    figure.suptitle(f"Forgotten: {span(forgotten, '{:+.2f}'.format)} nats", fontsize=11)
+    learned = min(x for points in curves.values() for x, _ in points)
+    forgotten = max(y for points in curves.values() for _, y in points) - base[1]
+    figure.suptitle(
+        f"Target loss from {base[0]:.2f} to {learned:.2f}, forgotten up to "
+        f"{forgotten:+.2f} nats",
+        fontsize=11,
+    )
     return figure
