@@ -1,6 +1,6 @@
 """What every Optax transformation owes its users: one table, one contract.
 
-A new transformation, option or rule is a new row here.
+A new transformation or option is a new row here. New rules are found by themselves.
 """
 
 from functools import cache, partial
@@ -36,20 +36,7 @@ def tree(seed, dtype=jnp.float32):
 
 
 LABELS = {"body": "body", "scale": "head"}
-RULES = [
-    "aligned_mtl",
-    "cagrad",
-    "dtnh",
-    "dualproj",
-    "dynamic_barrier",
-    "gate",
-    "imtl_g",
-    "mgda",
-    "nash_mtl",
-    "orthogonal",
-    "pcgrad",
-    "weighted_sum",
-]
+RULES = [name for name in rules.__all__ if name not in ("Gram", "Rule")]
 
 # Name: a factory of one argument, the strength.
 FACTORIES = {
@@ -332,8 +319,3 @@ def test_multi_steps_takes_what_takes_plain_gradients():
     wanted, _ = alone.update(tree(1), alone.init(params), params)
     same(updates, wanted)
     assert "cosine" in conflict_metrics(state)
-
-
-def test_every_rule_has_a_row():
-    public = {name for name in rules.__all__ if callable(getattr(rules, name))}
-    assert public - {"Gram", "Rule"} == set(RULES)

@@ -172,7 +172,7 @@ def test_a_full_disk_and_a_damaged_checkpoint(run, whole, tmp_path, monkeypatch)
     status, _, err = run(ours)
     assert status == 1
     assert err.startswith("dtnh: the checkpoint of step 10 can not be written to ")
-    assert err.endswith("; the same command goes on from there.\n")
+    assert err.endswith("; the same command resumes from there.\n")
     assert err.count("\n") == 1
     assert (ours / "cells" / "fine-tuning-seed0.json").exists()
     assert checkpoints.newest_whole(checkpoint) == (5, [])
@@ -220,7 +220,7 @@ def test_a_full_disk_for_metrics(run, tmp_path, monkeypatch):
     monkeypatch.setattr("dtnh_jax.finetune.shell.failed", regained(shell.failed))
     status, _, err = run(tmp_path / "run")
     assert status == 1
-    assert err.startswith("dtnh: writing failed: File too large. What is done is in ")
+    assert err.startswith("dtnh: writing failed: File too large. Finished work is in ")
 
 
 @pytest.mark.e2e

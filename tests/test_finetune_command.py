@@ -16,7 +16,7 @@ import tiny_network
 from kill_and_resume import deterministic
 
 from dtnh_jax._cli import main
-from dtnh_jax.finetune.methods import REGULARIZERS
+from dtnh_jax.finetune.regularizers import REGULARIZERS
 from dtnh_jax.finetune.weights.sources import SOURCES
 
 TINY = {
@@ -87,8 +87,8 @@ def test_an_interrupted_run_goes_on_to_bitwise_the_same_results(data_dir, tmp_pa
     assert process.returncode == 130
     assert "l2_sp+dtnh-seed0: goes on after step 5 of 12" in out
     assert err == (
-        f"Interrupted; what is done is in {stopped}. "
-        "The same command goes on from there.\n"
+        f"Interrupted; finished work is in {stopped}. "
+        "The same command resumes from there.\n"
     )
     assert not (stopped / "results.json").exists()
 

@@ -11,7 +11,7 @@ import pytest
 import tiny_language_model as tiny
 
 from dtnh_jax._cli import main
-from dtnh_jax.lm import optimizers, results
+from dtnh_jax.lm import optimizers, paths
 
 SMALL = ["--context", "32", "--test-rows", "4", "--rank", "2", "--batch-size", "4"]
 LOSSES = ("target_loss", "kept_loss", "target_kl", "kept_kl")
@@ -120,7 +120,7 @@ def test_the_report_has_a_row_for_everything_and_costs_for_what_was_trained(run_
         assert cost["temporary_bytes"] > 0
     assert found["costs"]["kl"]["temporary_bytes_to_kl"] == 1.0
     text = (run_dir / "report.md").read_text()
-    assert text.count("\n| kl+dtnh | ") == 3
+    assert text.count("\n| kl+dtnh | ") == 4
     assert (run_dir / "forgetting.png").stat().st_size > 5000
     lines = [
         json.loads(x) for x in (run_dir / "metrics.jsonl").read_text().splitlines()
@@ -129,6 +129,10 @@ def test_the_report_has_a_row_for_everything_and_costs_for_what_was_trained(run_
     errors = [x["held_out_error"] for x in lines if x["method"] == "kl+never_hurt"]
     assert len(errors) == 6
     assert all(0 < error < 1 for error in errors)
+    trusts = [x["trust"] for x in lines if x["method"] == "kl+never_hurt"]
+    assert all(0.01 <= trust <= 3 for trust in trusts)
+    removed = [x["removed"] for x in lines if x["method"] == "kl+dtnh"]
+    assert all(0 <= share <= 1 for share in removed)
 
 
 @pytest.mark.e2e
@@ -271,11 +275,40 @@ def test_losses_are_compared_at_the_same_target_loss():
     base = {"target_loss": 4.0, "kept_loss": 2.0}
 
     def above(curve, target, kept):
-        return results._above(curve, cell("other", 1.0, target, kept), base, cells)
+        return paths.above(curve, cell("other", 1.0, target, kept), base, cells)
 
     assert above("wise_ft", 3.25, 2.5) == pytest.approx(0.1)  # halfway: 2.4
     assert above("wise_ft", 3.75, 2.0) == pytest.approx(-0.1)  # to the base: 2.1
     assert above("kl", 3.1, 2.4) == pytest.approx(-0.05)
     assert above("kl", 3.3, 2.4) is None
     assert above("wise_ft", 2.9, 2.4) is None
-    assert results._above("kl", cells[1], base, cells[:2]) is None
+    assert paths.above("kl", cells[1], base, cells[:2]) is None
+
+
+def test_what_is_forgotten_at_shares_of_the_gain():
+    def cell(method, strength, seed, target, kept):
+        losses = {"target_loss": target, "kept_loss": kept, "kept_kl": kept - 2}
+        return {"method": method, "strength": strength, "seed": seed, **losses}
+
+    base = {"target_loss": 4.0, "kept_loss": 2.0, "kept_kl": 0.0}
+    cells = [
+        cell("lora", 0.0, 0, 3.0, 2.6),
+        cell("lora", 0.0, 1, 2.0, 2.8),
+        cell("wise_ft", 0.5, 0, 3.5, 2.2),
+        cell("wise_ft", 0.5, 1, 3.0, 2.4),
+        cell("kl", 1.0, 0, 3.25, 2.2),
+        cell("kl", 1.0, 1, 2.2, 2.2),
+    ]
+    found = paths.at_shares(("lora", "kl", "wise_ft"), base, cells)
+    assert list(found) == ["kl", "wise_ft"]
+    half, three_quarters, most = found["wise_ft"]
+    assert (half["share"], half["target_loss"].mean) == (0.5, 3.25)
+    assert half["forgotten"].mean == pytest.approx((0.2 + 0.4) / 2)
+    # Halfway from the point at half of the gain to that of plain adapters.
+    assert three_quarters["forgotten"].mean == pytest.approx((0.4 + 0.6) / 2)
+    assert most["kept_kl"].mean == pytest.approx((0.52 + 0.72) / 2)
+    half, three_quarters, most = found["kl"]
+    assert half["forgotten"] is None  # no strength comes there
+    assert three_quarters["forgotten"] is None  # one of the seeds does not
+    assert most["forgotten"].mean == pytest.approx((0.44 + 0.2) / 2)
+    assert paths.at_shares(("kl",), base, cells[4:]) == {}

@@ -9,7 +9,7 @@ import pytest
 
 import dtnh_jax
 from dtnh_jax import regularizers, rules
-from dtnh_jax.finetune.methods import REGULARIZERS
+from dtnh_jax.finetune.regularizers import REGULARIZERS
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "notebooks" / "docs"

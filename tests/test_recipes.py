@@ -1,16 +1,12 @@
 """Every recipe of the documentation runs by itself, and does what its words say.
 
-A check gets the names that a recipe's block leaves behind. It trains again, with the
-recipe's own step, and compares every step on the way with the formula in NumPy.
+Those of trainers are run by `test_trainers`.
 """
 
 import ast
 import functools
 import importlib
-import pathlib
 import re
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
 
 import chex
 import equinox as eqx
@@ -20,7 +16,28 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from recipes import (
+    FENCE,
+    SECTIONS,
+    TRAINERS,
+    At,
+    Names,
+    code_of,
+    combined,
+    cosine,
+    dot,
+    gradient,
+    gradient_pair,
+    minus,
+    near,
+    resolved,
+    run,
+    times,
+    trained,
+    walk,
+)
 
+import dtnh_jax
 from dtnh_jax import (
     add_regularizer,
     conflict_metrics,
@@ -28,100 +45,6 @@ from dtnh_jax import (
     value_and_gradient_pair,
 )
 from dtnh_jax.regularizers import feature_map, l2_sp, logit_distillation, lora_decay
-
-TEXT = (pathlib.Path(__file__).parents[1] / "notebooks" / "recipes.md").read_text()
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-SECTIONS = {
-    section.partition("\n")[0]: section.partition("\n")[2]
-    for section in re.split(r"^## ", TEXT, flags=re.MULTILINE)[1:]
-}
-
-Names = dict[str, Any]
-
-
-def combined(function: Callable[..., Any], *trees):
-    """Maps trees to one of NumPy arrays in double precision."""
-    return jax.tree.map(
-        lambda *xs: function(*[np.asarray(x, np.float64) for x in xs]), *trees
-    )
-
-
-def minus(x, y):
-    return combined(np.subtract, x, y)
-
-
-def times(factor, x):
-    return combined(lambda a: factor * a, x)
-
-
-def dot(x, y) -> float:
-    return float(sum(map(np.sum, jax.tree.leaves(combined(np.multiply, x, y)))))
-
-
-def cosine(x, y) -> float:
-    lengths = (dot(x, x) * dot(y, y)) ** 0.5
-    return dot(x, y) / lengths if lengths else 0.0
-
-
-def projected(g, r):
-    """What DTNH leaves of `r`: all but what is against `g`."""
-    against = min(0.0, dot(g, r)) / dot(g, g)
-    return combined(lambda a, b: b - against * a, g, r)
-
-
-def resolved(g, *rs):
-    return combined(lambda *xs: sum(xs), g, *[projected(g, r) for r in rs])
-
-
-def near(found, expected, atol=3e-6):
-    chex.assert_trees_all_equal_shapes(found, expected)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
-        np.testing.assert_allclose(np.asarray(a, np.float64), b, rtol=0, atol=atol)
-
-
-class At(NamedTuple):
-    """A place on the way of a training: what a loop throws away."""
-
-    params: Any
-    state: Any
-    batch: Any
-    new_params: Any
-    new_state: Any
-    seen: Any  # what else a step returned
-
-
-def walk(step: Callable[..., Any], params, state, batches: Iterable[Any]) -> list[At]:
-    """Trains again, as the loop of a recipe did."""
-    steps = []
-    for batch in batches:
-        new_params, new_state, *seen = step(params, state, *batch)
-        steps.append(At(params, state, batch, new_params, new_state, seen))
-        params, state = new_params, new_state
-    return steps
-
-
-def gradient(loss, *data):
-    """The gradient at a place of the loss of its batch, or of the data of all steps."""
-    compiled = jax.jit(lambda params, *batch: jax.grad(loss)(params, *batch, *data))
-    return lambda at: compiled(at.params, *at.batch)
-
-
-def gradient_pair(objective, *data):
-    """The same for both gradients of an objective."""
-    pair = value_and_gradient_pair(objective)
-    compiled = jax.jit(lambda params, *batch: pair(params, *batch, *data)[1])
-    return lambda at: compiled(at.params, *at.batch)
-
-
-def trained(tx, gradients, params, batches) -> list[At]:
-    """Trains with another transformation than a recipe's."""
-
-    @jax.jit
-    def step(params, state, *batch):
-        updates, state = tx.update(gradients(params, *batch), state, params)
-        return optax.apply_updates(params, updates), state
-
-    return walk(step, params, tx.init(params), batches)
 
 
 def adamw_with_schedules(names: Names):
@@ -613,27 +536,20 @@ CHECKS = {
     "How far to trust it": how_far_to_trust_it,
     "Porting a PyTorch script with L2-SP": porting_from_pytorch,
     "NNX": with_nnx,
-    "Language models: a KL to the base model (tunix, PeftTrainer)": with_a_kl,
+    "Language models: a KL to the base model": with_a_kl,
     "Equinox": with_equinox,
     "Logging conflicts": logging_conflicts,
 }
 each_section = pytest.mark.parametrize("title", SECTIONS)
 
 
-def code_of(title: str) -> str:
-    return next(
-        code for kind, code in FENCE.findall(SECTIONS[title]) if kind == "python"
-    )
-
-
 def test_all_recipes_are_there_and_have_a_check():
-    assert list(SECTIONS) == list(CHECKS)
+    assert set(SECTIONS) == set(CHECKS) | set(TRAINERS)
 
 
-@each_section
+@pytest.mark.parametrize("title", CHECKS)
 def test_a_recipe_does_what_it_says(title, capsys):
-    names: Names = {"__name__": "__main__"}
-    exec(compile(code_of(title), title, "exec"), names)
+    names = run(title)
     assert 1 <= len(capsys.readouterr().out.splitlines()) <= 3
     CHECKS[title](names)
 
@@ -651,17 +567,22 @@ def test_a_recipe_has_one_block_between_words(title):
 @each_section
 def test_a_recipe_is_short_and_public(title):
     code = code_of(title)
-    assert len(code.splitlines()) <= 45
+    assert len(code.splitlines()) <= (60 if title in TRAINERS else 45)
     assert max(map(len, code.splitlines())) <= 88
     nodes = list(ast.walk(ast.parse(code)))
     used = {node.id for node in nodes if isinstance(node, ast.Name)}
+    overridden = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
     for node in nodes:
         if isinstance(node, ast.Attribute):
-            assert not node.attr.startswith("_")
+            assert not node.attr.startswith("_") or node.attr in overridden
+            if isinstance(node.value, ast.Name) and node.value.id == "dtnh_jax":
+                assert node.attr in dtnh_jax.__all__
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith("dtnh_jax"):
             public = importlib.import_module(str(node.module)).__all__
             assert {alias.name for alias in node.names} <= set(public)
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             assert {alias.asname or alias.name for alias in node.names} <= used
         if isinstance(node, ast.Import):
-            assert not any(alias.name.startswith("dtnh_jax") for alias in node.names)
+            is_module = [alias.name.startswith("dtnh_jax") for alias in node.names]
+            # Configurations of kauldron import modules alone.
+            assert not any(is_module) or "konfig" in code

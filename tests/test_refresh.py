@@ -7,6 +7,8 @@ import numpy as np
 import optax
 import programs
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from dtnh_jax import (
     conflict_metrics,
@@ -208,6 +210,41 @@ def test_finite_input_raises_no_alarm_for_nan():
         for take in (resolved.refresh, resolved.reuse):
             _, gradient, state = jax.jit(take)(PARAMS, state, X)
     chex.assert_tree_all_finite(gradient)
+
+
+def test_on_an_explicit_mesh():
+    """Values and gradients are those of one device, and cut like the parameters."""
+    mesh = jax.make_mesh(
+        (4,), ("x",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:4]
+    )
+    keys = jax.random.split(jax.random.key(1))
+    params = {"w": jax.random.normal(keys[0], (2, 8)), "v": jnp.ones(8)}
+    specs = {"w": P(None, "x"), "v": P("x")}
+    cut = jax.tree.map(
+        lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), params, specs
+    )
+
+    def wide_terms(params, x):
+        features = jnp.tanh(x @ params["w"])
+        outputs = jnp.sum(features * params["v"][None], axis=1)
+        regularizer = jnp.mean((outputs + 1) ** 2) + jnp.mean(features)
+        return jnp.mean((outputs - 1) ** 2), regularizer
+
+    def both(params, x):
+        resolved = refreshed_gradient(wide_terms, SCHEDULE)
+        state, found = resolved.init(params), []
+        for take in (resolved.refresh, resolved.reuse):
+            values, gradient, state = jax.jit(take)(params, state, x)
+            found.append((values, gradient))
+        return found, conflict_metrics(state)
+
+    expected = both(params, X)
+    assert expected[1]["conflict"] == 1
+    with jax.set_mesh(mesh):
+        found = both(cut, jax.device_put(X, NamedSharding(mesh, P())))
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-6)
+    for _, gradient in found[0]:
+        assert {name: x.sharding.spec for name, x in gradient.items()} == specs
 
 
 def test_a_step_that_reuses_weights_keeps_no_more_than_a_plain_one():

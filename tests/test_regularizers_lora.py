@@ -80,6 +80,29 @@ def test_lora_decay_is_half_the_squared_norm_of_the_products(batch, scale):
     assert gradient["step"] == 3
 
 
+def test_adapters_of_einsums_have_several_axes():
+    """And are named after their weights, both as in qwix."""
+    random = np.random.default_rng(0)
+    shapes = {"q_lora_a": (6, 2), "q_lora_b": (2, 3, 4),
+              "o_lora_a": (3, 4, 2), "o_lora_b": (2, 6)}  # fmt: skip
+    params = {
+        name: jnp.asarray(random.standard_normal(shape), jnp.float32)
+        for name, shape in shapes.items()
+    }
+    total, gradient = value_and_gradient(lora_decay(scale=0.5), params)
+    expected = 0.0
+    for name in ("q", "o"):
+        a, b = params[f"{name}_lora_a"], params[f"{name}_lora_b"]
+        value, of_a, of_b = product_decay(a.reshape(-1, 2), b.reshape(2, -1), 0.5)
+        expected += value
+        for found, flat in zip(
+            (gradient[f"{name}_lora_a"], gradient[f"{name}_lora_b"]), (of_a, of_b)
+        ):
+            flat = flat.reshape(found.shape)
+            np.testing.assert_allclose(found, flat, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+
+
 def test_lora_gradients_are_those_of_the_value():
     params = adapters((2,))
     del params["step"]
@@ -184,7 +207,8 @@ def test_adapters_that_do_not_match_are_named():
         ({"x": {"lora_a": a}, "y": {"lora_b": b}}, r"got 'x/lora_a' alone"),
         ({"d": {"lora_a": a, "lora_b": a}}, r"\(3, 2\) at 'd/lora_a' and \(3, 2\)"),
         ({"d": {"lora_a": a[0], "lora_b": b}}, r"shapes.*'d/lora_a'"),
-        ({"d": {"lora_a": a[None], "lora_b": b}}, r"shapes.*'d/lora_b'"),
+        ({"d": {"lora_a": a[None], "lora_b": b.T}}, r"shapes.*'d/lora_b'"),
+        ({"d": {"w_lora_a": a, "v_lora_b": b}}, r"'lora_b' next to every 'lora_a'"),
     ]:
         for function in (lora_decay().value, lora_decay().gradient):
             with pytest.raises(ValueError, match=message):

@@ -78,16 +78,17 @@ class Config:
     """How the learning rate goes on after the warmup; the first two fall to 0."""
     warmup: int = 0
     """Steps in which the learning rate rises."""
-    steps: int = 30
+    steps: int = 24
     """Training steps of each method and seed."""
     batch_size: int = 4
     """Rows in a training step."""
     context: int = 64
     """Tokens in a row."""
-    test_rows: int = 24
+    test_rows: int = 16
     """Rows to measure losses on, of each of the two kinds of text."""
-    held_out_every: int = 4
-    """Steps from one gradient of held-out text to the next, where a method uses it."""
+    held_out_every: int = 1
+    """Steps from one gradient of held-out text to the next, where a method uses it;
+    trust needs some twenty of them. With hundreds of steps, take 4 or more."""
     seeds: int = 1
     """Repetitions, with other initial adapters and another order of texts each."""
     accumulate: int = 1

@@ -1,4 +1,4 @@
-"""What can be fine-tuned on: classification tasks that are read by index."""
+"""The targets: classification tasks that are read by index."""
 
 import contextlib
 import io
@@ -31,17 +31,17 @@ def load_target(
       name: one of `TARGETS`, `folder:PATH` (see `load_folder`), or `tfds:NAME` (see
         `load_tfds`).
       data_dir: directory of prepared data sets. By default the environment variable
-        `DTNH_DATA_DIR`, and without it `dtnh_jax` in the user's cache directory
+        `DTNH_DATA_DIR`, or else `dtnh_jax` in the user's cache directory
         (`XDG_CACHE_HOME`, or `~/.cache`).
-      outputs: folders that results are written to. In a folder of pictures they are no
-        classes, nor is `data_dir`.
+      outputs: folders for results. Within a folder of pictures they are not classes,
+        and neither is `data_dir`.
 
     Returns:
       The target.
 
     Raises:
-      ValueError: `name` is unknown, or what it names is no set of pictures in classes.
-      TargetUnavailableError: a package that the target is read from is missing.
+      ValueError: `name` is unknown, or it is no set of pictures in classes.
+      TargetUnavailableError: a package that the target needs is missing.
     """
     if not is_target(name):
         known = ", ".join(repr(known) for known in (*TARGETS, *FAMILIES))
@@ -53,32 +53,32 @@ def load_target(
 
 
 class _Places(NamedTuple):
-    """Where files are written."""
+    """The folders that are written."""
 
     data_dir: str | os.PathLike[str] | None
     outputs: Sequence[pathlib.Path]
 
     def written(self) -> list[pathlib.Path]:
-        """All of them."""
-        with contextlib.suppress(ValueError):  # without a home nothing is kept
+        """All of these folders."""
+        with contextlib.suppress(ValueError):  # without a home nothing is cached
             return [*self.outputs, directories.data_dir(self.data_dir)]
         return [*self.outputs]
 
 
 def is_target(name: str) -> bool:
-    """Whether `load_target` knows what a name is of, without looking whether it is."""
+    """Returns whether `load_target` accepts a name, without opening it."""
     return name in TARGETS or _family(name)[0] in FAMILIES
 
 
 def _family(name: str) -> tuple[str, str]:
-    """Returns the key of `FAMILIES` that a name is of, or "", and what follows."""
+    """Splits a name into its key of `FAMILIES`, or "", and the rest."""
     family, _, member = name.partition(":")
     known = (key for key in FAMILIES if member and key.startswith(f"{family}:"))
     return next(known, ""), member
 
 
 def _load_elpv(data_dir: pathlib.Path) -> Target:
-    """Returns ELPV: is this solar cell functional or defective?"""
+    """Returns the target ELPV: functional and defective solar cells."""
     stored, probability = _read_elpv(data_dir, "certain")
     return Target(
         name="elpv",
@@ -136,7 +136,7 @@ def _read_elpv(data_dir: pathlib.Path, config: str) -> tuple[Any, np.ndarray]:
         probability = [float(example["probability"]) for example in stored]
     except elpv.TargetUnavailableError:
         raise
-    except Exception as error:  # whatever TFDS and readers of damaged files raise
+    except Exception as error:  # TFDS and readers of damaged files raise any exception
         cause = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
             f"The target 'elpv' can not be prepared in, or read from, {data_dir}: "
@@ -148,12 +148,12 @@ def _read_elpv(data_dir: pathlib.Path, config: str) -> tuple[Any, np.ndarray]:
 def _decode(index: int, example: dict[str, Any]) -> dict[str, Any]:
     """Returns an example of TFDS with its image decoded.
 
-    TFDS would do it, with OpenCV where that is installed, and log that it should be
-    where it is not. PIL gives everybody the same pixels.
+    TFDS would decode with OpenCV if that is installed, and log a message if not. PIL
+    always gives the same pixels.
     """
     try:
         pixels = read_picture(io.BytesIO(example["image"]))
-    except Exception as error:  # readers of damaged files raise whatever they like
+    except Exception as error:  # readers of damaged files raise any exception
         damaged = f"picture {index} of elpv can not be read: {error}"
         raise UnreadableError(damaged) from error
     return {"image": pixels, "label": example["label"]}
@@ -164,7 +164,7 @@ TARGETS: dict[str, Callable[[pathlib.Path], Target]] = {
     "elpv": _load_elpv,
     "elpv-doubtful": _load_doubtful_elpv,
 }
-# And these open whatever of a kind is named after the colon.
+# Each function opens the target that is named after the colon.
 FAMILIES: dict[str, Callable[[str, _Places], Target]] = {
     "folder:PATH": lambda path, places: load_folder(path, places.written()),
     "tfds:NAME": lambda name, places: load_tfds(

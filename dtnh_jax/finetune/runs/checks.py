@@ -7,8 +7,9 @@ import pathlib
 from dtnh_jax.finetune.config import Config
 from dtnh_jax.finetune.data.targets import FAMILIES, TARGETS, is_target
 from dtnh_jax.finetune.directories import expanded
-from dtnh_jax.finetune.methods import METHODS, REGULARIZERS
+from dtnh_jax.finetune.methods import METHODS
 from dtnh_jax.finetune.option_checks import at_least, flag, one_of
+from dtnh_jax.finetune.regularizers import REGULARIZERS
 from dtnh_jax.finetune.weights.sources import is_source, known_sources
 from dtnh_jax.finetune.wording import printable
 

@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from dtnh_jax.finetune.methods import METHODS, REGULARIZERS, UNLIMITED, Method
+from dtnh_jax.finetune.methods import METHODS, UNLIMITED, Method
+from dtnh_jax.finetune.regularizers import REGULARIZERS
 from dtnh_jax.finetune.runs.cells import Cell, run_cells
 from dtnh_jax.finetune.runs.folder import Folder
 from dtnh_jax.finetune.runs.preparation import Experiment

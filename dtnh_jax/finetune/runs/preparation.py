@@ -15,8 +15,9 @@ from dtnh_jax import teacher_cache
 from dtnh_jax.finetune.config import Config
 from dtnh_jax.finetune.data import loading, splitting
 from dtnh_jax.finetune.data.targets import Target, load_target
-from dtnh_jax.finetune.methods import REGULARIZERS, Method
+from dtnh_jax.finetune.methods import Method
 from dtnh_jax.finetune.models.adapters import check_adapters
+from dtnh_jax.finetune.regularizers import REGULARIZERS
 from dtnh_jax.finetune.runs import processes, progress, race
 from dtnh_jax.finetune.runs.folder import Folder
 from dtnh_jax.finetune.training import estimates, loop, meshes

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from flax.training import train_state
 from jaxtyping import Array, PRNGKeyArray
 
-from dtnh_jax.finetune.methods import REGULARIZERS, Method
+from dtnh_jax.finetune.methods import Method
 from dtnh_jax.finetune.models.adapters import add_adapters, new_adapters
+from dtnh_jax.finetune.regularizers import REGULARIZERS
 from dtnh_jax.finetune.weights.sources import (
     Source,
     Variables,

@@ -17,7 +17,8 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray
 import dtnh_jax
 from dtnh_jax import GradientPair
 from dtnh_jax.finetune.config import Config
-from dtnh_jax.finetune.methods import REGULARIZERS, Method
+from dtnh_jax.finetune.methods import Method
+from dtnh_jax.finetune.regularizers import REGULARIZERS, BatchOutputs
 from dtnh_jax.finetune.training import meshes
 from dtnh_jax.finetune.training.network import (
     Known,
@@ -31,7 +32,6 @@ from dtnh_jax.finetune.training.optimizers import (
     rule_number,
     with_hyperparameters,
 )
-from dtnh_jax.finetune.training.regularizers import OF_BATCH, OF_WEIGHTS, Seen
 from dtnh_jax.finetune.weights.sources import Source, Variables
 from dtnh_jax.linen import capture_features
 
@@ -79,8 +79,8 @@ def make_trainer(
     """
     mesh = meshes.make_mesh() if mesh is None else mesh
     regularizer = REGULARIZERS[regularizer_name] if regularizer_name else None
-    of_batch = OF_BATCH.get(regularizer_name or "")
-    of_weights = OF_WEIGHTS.get(regularizer_name or "")
+    of_batch = regularizer.of_batch if regularizer else None
+    of_weights = regularizer.of_weights if regularizer else None
     optimizer, schedule = make_optimizer(
         regularizer_name, config, steps, never_hurts=never_hurts
     )
@@ -133,8 +133,10 @@ def make_trainer(
             source_logits = pooled @ kept["kernel"] + kept["bias"][None, :]
         teacher = dict(batch.get("teacher", {}))
         teacher_logits = teacher.pop("head", None)
-        seen = Seen(found, pooled, source_logits, teacher, teacher_logits, labels)
-        return jnp.mean(loss), updated.get("batch_stats", {}), seen
+        outputs = BatchOutputs(
+            found, pooled, source_logits, teacher, teacher_logits, labels
+        )
+        return jnp.mean(loss), updated.get("batch_stats", {}), outputs
 
     if config.remat:  # what matrices and convolutions gave is kept, the rest made anew
         policy = jax.checkpoint_policies.dots_saveable
@@ -151,8 +153,8 @@ def make_trainer(
                 batch = {**batch, "teacher": teacher}
 
             def objective(params, of_batch=of_batch):
-                loss, stats, seen = forward(params, *inputs, batch, known, key)
-                return (loss, of_batch(seen, known.estimate)), stats
+                loss, stats, outputs = forward(params, *inputs, batch, known, key)
+                return (loss, of_batch(outputs, known.estimate)), stats
 
             ((loss, value), batch_stats), grads = dtnh_jax.value_and_gradient_pair(
                 objective, has_aux=True

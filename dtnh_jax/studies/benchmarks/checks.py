@@ -26,7 +26,7 @@ def check(config: Config) -> None:
         _at_least_one(name, getattr(config, name))
     for size in config.sizes:
         _at_least_one("sizes", size)
-    for name in ("mlp_widths", "mlp_batch_sizes"):
+    for name in ("mlp_widths", "mlp_batch_sizes", "language_tokens"):
         for value in getattr(config, name):
             _at_least_one(name, value)
     if len(config.mlp_widths) != len(config.mlp_batch_sizes):

@@ -13,6 +13,7 @@ Group = Literal[
     "memory",
     "mlp",
     "regularizers",
+    "language",
 ]
 DEFAULT_GROUPS: tuple[Group, ...] = (
     "transformation",
@@ -37,7 +38,7 @@ class Config:
     """What to measure: `transformation` alone, at several sizes; whole training
     `steps`; the same with the rule of `bloop` and as its authors write it; TorchJD in
     PyTorch (`peers`); times to `compile`, and `memory`; all three on an `mlp`;
-    `regularizers` of the fine-tuning command."""
+    `regularizers` of the fine-tuning command; `language`, the steps of `dtnh lm`."""
     peers: bool = False
     """Measure the group `peers` too: pip install 'dtnh-jax[peers]'."""
     rounds: int = 15
@@ -80,6 +81,14 @@ class Config:
     )
     """Methods of the fine-tuning command, for the group `regularizers`. Each is
     compared with its own baseline, `fine-tuning` or `lora`, which has to be one."""
+    language_model: str = "smollm2-135m"
+    """Model of the group `language`, as `dtnh lm --model`."""
+    language_target: str = "fortunes-de"
+    """Its text, as `dtnh lm --target`."""
+    language_kept: str = "python-docs"
+    """As `dtnh lm --kept`; nothing is measured on it."""
+    language_tokens: tuple[int, int] = (4, 64)
+    """Rows of its batch, and tokens of a row."""
     output: pathlib.Path = pathlib.Path("runs", "benchmarks", "benchmarks.json")
     """File for the results; the picture and the page are beside it."""
     report_only: bool = False

@@ -69,6 +69,14 @@ def parts(config: Config) -> Iterator[Part]:
             config.compile_rounds,
         )
 
+    def language_model() -> list[Row]:
+        # Here, because it needs packages of its own.
+        from dtnh_jax.studies.benchmarks import language
+
+        model = config.language_model
+        texts = config.language_target, config.language_kept
+        return language.measure(model, *texts, config.language_tokens, config.rounds)
+
     def all_of(group: str) -> list[Callable[[], list[Row]]]:
         if group == "transformation":
             return [lambda: transformation.measure(config.sizes, config.rounds)]
@@ -98,6 +106,8 @@ def parts(config: Config) -> Iterator[Part]:
                     config.mlp_widths, config.mlp_batch_sizes, strict=True
                 )
             ]
+        if group == "language":
+            return [language_model]
         return [
             lambda names=names: regularized(names)
             for names in regularizers.contests(config.methods)

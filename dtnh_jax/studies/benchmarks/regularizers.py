@@ -9,7 +9,8 @@ import numpy as np
 from flax.serialization import msgpack_restore, msgpack_serialize
 
 from dtnh_jax.finetune.config import Config
-from dtnh_jax.finetune.methods import METHODS, REGULARIZERS
+from dtnh_jax.finetune.methods import METHODS
+from dtnh_jax.finetune.regularizers import REGULARIZERS
 from dtnh_jax.finetune.runs.checks import one_of
 from dtnh_jax.finetune.training import loop
 from dtnh_jax.finetune.weights.sources import load_source, original_variables
