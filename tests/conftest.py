@@ -26,6 +26,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # sums at once: with as few threads as that, all of them can wait for each other.
 os.environ.setdefault("NPROC", "64")
 
-import jax
+import jax  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
