@@ -168,5 +168,5 @@ def test_processes_that_have_other_pictures_are_refused(data_dir, tmp_path):
     pair = start_pair(data_dir, run_dir, *target, cwds=cwds)
     said = [process.communicate(timeout=BOUND)[1] for process in pair]
     assert [process.returncode for process in pair] == [2, 2], said
-    assert "folder:photos must be the same pictures in every process, got" in said[0]
+    assert "folder:photos must have the same pictures in every process, got" in said[0]
     assert not run_dir.exists()
