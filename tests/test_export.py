@@ -127,7 +127,7 @@ def test_a_card_of_one_seed_has_no_interval(run):
     for key in ("low", "high", "std"):
         results["methods"]["fine-tuning"]["accuracy"][key] = None
     card = model_card(results, "fine-tuning", 1)
-    assert "of one seed, which says nothing about another" in card
+    assert "of one seed, without an interval" in card
     assert "interval" not in card
     assert "conflict" not in card
     assert "without a regularizer" in card

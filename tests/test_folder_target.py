@@ -319,7 +319,7 @@ def test_thirty_photographs_of_each_of_three_classes(capsys, monkeypatch, tmp_pa
     out, _ = capsys.readouterr()
     assert out.count("1 files can not be read and are left out: cup/029.png.") == 1
     assert "Head: the source's, of 7 classes, is replaced by one of 3" in out
-    assert "20 for training, 0 for validation, 9 to test on" in out
+    assert "20 for training, 0 for validation, 9 for the test" in out
     results = json.loads((run_dir / "results.json").read_text())
     assert results["class_names"] == ["cup", "glass", "mug"]
     assert results["config"]["train_per_class"] == 20
