@@ -331,7 +331,7 @@ def test_thirty_photographs_of_each_of_three_classes(capsys, monkeypatch, tmp_pa
     cell.write_text("")
     assert main(arguments) == 0
     out, _ = capsys.readouterr()
-    assert f"{cell} was damaged: that training is done anew.\n" in out
+    assert f"{cell} was damaged: that training is repeated.\n" in out
     found, expected = json.loads((run_dir / "results.json").read_text()), results
     assert {**found, "measured": 0} == {**expected, "measured": 0}
 

@@ -142,7 +142,7 @@ def _differing_options(runs: Sequence[Run]) -> str:
         if len(set(values)) > 1:
             rows.append([f"--{name.replace('_', '-')}", *values])
     if not rows:
-        return "<p>None.</p>"
+        return "<p>All runs have the same options.</p>"
     header = ["option", *(each.name for each in runs)]
     return table(header, rows, "Options", words=len(header))
 
