@@ -85,7 +85,7 @@ def test_an_interrupted_run_goes_on_to_bitwise_the_same_results(data_dir, tmp_pa
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=100)
     assert process.returncode == 130
-    assert "l2_sp+dtnh-seed0: goes on after step 5 of 12" in out
+    assert "l2_sp+dtnh-seed0: resumes after step 5 of 12" in out
     assert err == (
         f"Interrupted; finished work is in {stopped}. "
         "The same command resumes from there.\n"
@@ -93,7 +93,7 @@ def test_an_interrupted_run_goes_on_to_bitwise_the_same_results(data_dir, tmp_pa
     assert not (stopped / "results.json").exists()
 
     out = finish(start(data_dir, stopped))
-    assert re.search(r"seed1: goes on after step \d+ of 12", out)
+    assert re.search(r"seed1: resumes after step \d+ of 12", out)
     assert deterministic(stopped) == deterministic(whole)
     written = {path.name for path in stopped.iterdir()}
     assert written >= {"report.md", "accuracy.png", "conflict.png", "predictions.png"}
@@ -193,12 +193,12 @@ def refused(capsys, *arguments):
         ("--methods l2_sp l2_sp", "`--methods` must name each method once"),
         ("--methods", "`--methods` must name at least one method"),
         ("--strength l3=1", "`--strength` must be one of l2, l2_sp, l1_sp, "),
-        ("--tuning-seeds 2", "`--tuning-seeds` is of no use without `--tune`"),
+        ("--tuning-seeds 2", "`--tuning-seeds` has no effect without `--tune`"),
         ("--tune --tuning-seeds 0", "`--tuning-seeds` must be at least 1, got 0"),
         ("--strength l2_sp=-1", "`--strength l2_sp` must be at least 0 and finite"),
         ("--strength l2_sp=inf", "`--strength l2_sp` must be at least 0 and finite"),
-        ("--methods scratch --strength l2_sp=1", "`--strength l2_sp` is of no use"),
-        ("--methods scratch --tune", "`--tune` is of no use"),
+        ("--methods scratch --strength l2_sp=1", "`--strength l2_sp` has no effect"),
+        ("--methods scratch --tune", "`--tune` has no effect"),
         ("--steps 3 --epochs 2", "`--steps` and `--epochs` must not be given together"),
         ("--steps 0", "`--steps` must be at least 1, got 0"),
         ("--seeds 0", "`--seeds` must be at least 1, got 0"),
@@ -239,7 +239,7 @@ def test_a_folder_of_another_configuration_is_refused(capsys, tmp_path):
     open_folder(Config(run_dir=tmp_path / "run"), {})
     run_dir = ["--run-dir", str(tmp_path / "run")]
     err = refused(capsys, *run_dir, "--steps", "7", "--seeds", "9")
-    assert "whose `--steps` is None, got 7: give another `--run-dir`" in err
+    assert "whose `--steps` is None, got 7: set another `--run-dir`" in err
     err = refused(capsys, *run_dir, "--strength", "l2_sp=0.5")
     assert "whose `--strength` is l2_sp=" in err
 

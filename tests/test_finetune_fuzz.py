@@ -124,7 +124,7 @@ def test_any_command_line_is_understood_or_refused(words):
         ("--mesh data=3", "`--batch-size` must be a multiple of 3 devices times 1"),
         ("--accumulate 0", "`--accumulate` must be at least 1, got 0"),
         ("--accumulate 5", "`--batch-size` must be a multiple of 1 devices times 5"),
-        ("--processes 2", "`--processes` is of no use without `--distributed`"),
+        ("--processes 2", "`--processes` has no effect without `--distributed`"),
         (
             "--distributed --processes 2 --process-id 2",
             "`--process-id` must be below `--processes`, 2, got 2",
