@@ -35,8 +35,8 @@ class Config:
     """
 
     groups: tuple[Group, ...] = DEFAULT_GROUPS
-    """What to measure: `transformation` alone, at several sizes; whole training
-    `steps`; the same with the rule of `bloop` and as its authors write it; TorchJD in
+    """Groups to measure: the `transformation` alone, at several sizes; whole training
+    `steps`; steps with the rule of `bloop`, here and in its authors' code; TorchJD in
     PyTorch (`peers`); times to `compile`, and `memory`; all three on an `mlp`;
     `regularizers` of the fine-tuning command; `language`, the steps of `dtnh lm`."""
     peers: bool = False
