@@ -38,7 +38,9 @@ def data_dir(tmp_path_factory):
 
 def start(data_dir, run_dir, *options, devices, cwd=None):
     script = pathlib.Path(__file__).parent / "tiny_network.py"
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    # Of a flag that is given twice, as this one, the last counts.
+    count = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ['XLA_FLAGS']} {count}"
     places = ["--data-dir", str(data_dir), "--run-dir", str(run_dir)]
     options = [*itertools.chain(*OPTIONS.items()), *places, *options]
     return subprocess.Popen(
