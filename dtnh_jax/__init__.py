@@ -1,4 +1,4 @@
-"""Fine-tuning with regularizers that never work against the loss."""
+"""Fine-tuning with regularizers, as Optax transformations that limit their harm."""
 
 from dtnh_jax import regularizers, rules
 from dtnh_jax._accumulate import accumulate_pairs

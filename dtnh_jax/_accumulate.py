@@ -26,32 +26,32 @@ def accumulate_pairs(
 ) -> optax.GradientTransformationExtraArgs:
     """Averages the gradient pairs of `every_k` micro-batches before they are resolved.
 
-    `optax.MultiSteps` for pairs. Rules are not linear, so resolving each micro-batch
-    and averaging afterwards is something else, and may even turn a sign; this is equal
-    to one step on the joined batch. Sums are kept in float32. In between, updates are
-    zero and `inner` does not see the step.
+    `optax.MultiSteps` for pairs. The result equals one step on the joined batch. Rules
+    are not linear: to resolve each micro-batch and average afterwards gives another
+    update, whose sign may even differ. Sums are kept in float32. Between steps, updates
+    are zero and `inner` is not called.
 
     Args:
       inner: a transformation of pairs, such as `optax.chain(dtnh(0.1), optax.sgd(0.1))`
-        or `decoupled(...)`. It gets the pair in the way in which it was given, and the
-        other keywords of the last micro-batch. As in `optax.MultiSteps`, its state
-        keeps the dtypes that it has from `init`.
-      every_k: how many micro-batches make a step, at least 1.
+        or `decoupled(...)`. It gets the pair in the form in which `update` got it, and
+        the other keywords of the last micro-batch. As in `optax.MultiSteps`, its state
+        keeps the dtypes of `init`.
+      every_k: number of micro-batches in a step, at least 1.
 
     Returns:
-      A transformation of pairs, given in either of the two ways. It keeps one more tree
-      like the parameters for the loss, and one for each regularizer.
+      A transformation of pairs in either form. Its state has one more tree like the
+      parameters for the loss, and one for each regularizer.
 
     Raises:
-      ValueError: if `every_k` is less than 1.
-      TypeError: if `inner` is no transformation or `every_k` no integer.
+      ValueError: `every_k` is less than 1.
+      TypeError: `inner` is no transformation, or `every_k` is no integer.
 
     Example:
       >>> from dtnh_jax import GradientPair, accumulate_pairs, dtnh
       >>> tx = accumulate_pairs(optax.chain(dtnh(1.0), optax.sgd(1.0)), every_k=2)
       >>> params = jnp.zeros(2)
       >>> state = tx.init(params)
-      >>> for sign in (1.0, -1.0):  # taken together, the regularizer's cancel
+      >>> for sign in (1.0, -1.0):  # the regularizer's gradients sum to zero
       ...     g, r = jnp.array([1.0, 0.0]), sign * jnp.array([5.0, 0.0])
       ...     updates, state = tx.update(GradientPair(g, r), state, params)
       >>> print(updates)
@@ -91,17 +91,17 @@ def accumulate_pairs(
             keywords = {"regularizer_grads": mean.regularizer, **extra_args}
             return inner.update(mean.loss, inner_state, params, **keywords)
 
-        # Both branches have to return the same types, those of the state if they can.
+        # Both branches must return the same types, if possible those of the state.
         updates_like, state_like = jax.eval_shape(step, sums, state.inner)
 
         def apply(sums, inner_state):
             updates, new = step(sums, inner_state)
-            new = jax.tree.map(_axes.of_type, new, inner_state)
+            new = jax.tree.map(_axes.cast_like, new, inner_state)
             return updates, jax.tree.map(jnp.zeros_like, sums), new
 
         def wait(sums, inner_state):
             zeros = jax.tree.map(_axes.zeros, updates_like)
-            kept = jax.tree.map(_axes.widened, inner_state, state_like)
+            kept = jax.tree.map(_axes.shard_like, inner_state, state_like)
             return zeros, sums, kept
 
         is_last = state.mini_step == every_k - 1
@@ -127,7 +127,7 @@ def _add(sums: PyTree, grads: PyTree, name: str) -> PyTree:
 
 
 def _mean(sums: PyTree, like: PyTree, every_k: int) -> PyTree:
-    """Averages where there were gradients, in their dtype; other leaves are kept."""
+    """Averages leaves with gradients, in their dtype; keeps other leaves."""
     leaves, treedef = _trees.flatten(like)
 
     def mean(leaf: Any, total: Any) -> Any:

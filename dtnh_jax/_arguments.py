@@ -1,4 +1,4 @@
-"""The arguments that transformations share, checked before any compute is spent."""
+"""The arguments that transformations share, and their checks."""
 
 import math
 import warnings
@@ -21,48 +21,50 @@ Strength = Number | optax.Schedule
 
 
 class Options(NamedTuple):
-    """Arguments of a transformation; see `dtnh` for what they mean."""
+    """Arguments of a transformation; their meaning is documented in `dtnh`."""
 
     rule: rules.Rule
-    strengths: dict[str, Strength]  # by regularizer, the only one named ""
-    regularizers: dict[str, WeightRegularizer] | None  # None where pairs come in
+    strengths: dict[str, Strength]  # by name; a single regularizer has the name ""
+    regularizers: dict[str, WeightRegularizer] | None  # None for gradient pairs
     scope: _geometry.Scope
     ema_decay: Number | None
     max_ratio: Strength | None
     mask: Mask | None
     axes: tuple[str, ...]  # along which each device holds a part of the gradients
 
-    def by_name(self, given: Any, argument: str) -> dict[str, Any]:
-        """Returns what is given for each regularizer, by name."""
+    def by_name(self, values: Any, argument: str) -> dict[str, Any]:
+        """Returns an argument's value for each regularizer, by name."""
         if "" in self.strengths:
-            return {"": given}
-        if not isinstance(given, Mapping) or set(given) != set(self.strengths):
-            got = sorted(given) if isinstance(given, Mapping) else type(given).__name__
+            return {"": values}
+        if not isinstance(values, Mapping) or set(values) != set(self.strengths):
+            got = (
+                sorted(values) if isinstance(values, Mapping) else type(values).__name__
+            )
             raise ValueError(
                 f"`{argument}` must be a dict with the keys of `strength`, "
                 f"{sorted(self.strengths)}, got {got}."
             )
-        return {name: given[name] for name in self.strengths}
+        return {name: values[name] for name in self.strengths}
 
     def join(self, by_name: dict[str, Any]) -> Any:
-        """The inverse of `by_name`: a dict only where regularizers have names."""
+        """Inverts `by_name`: returns a dict only if regularizers have names."""
         return by_name[""] if "" in self.strengths else by_name
 
     def anchors(self, params: optax.Params) -> PyTree:
-        """What self-anchored regularizers keep of the first parameters."""
+        """Returns the initial parameters that self-anchored regularizers keep."""
         regularizers = self.regularizers or {}
         if not any(each.anchor for each in regularizers.values()):
             return None
-        made = {n: r.anchor and r.anchor(params) for n, r in regularizers.items()}
-        return self.join(made)
+        anchors = {n: r.anchor and r.anchor(params) for n, r in regularizers.items()}
+        return self.join(anchors)
 
     def strength_at(self, name: str, step: Array) -> Float[Array, ""]:
-        """The strength of a regularizer at a step."""
-        return at(self.strengths[name], step)
+        """Returns the strength of a regularizer at a step."""
+        return value_at(self.strengths[name], step)
 
     def max_ratio_at(self, step: Array) -> Float[Array, ""] | None:
-        """The bound at a step, or None for no bound."""
-        return None if self.max_ratio is None else at(self.max_ratio, step)
+        """Returns the bound at a step, or None for no bound."""
+        return None if self.max_ratio is None else value_at(self.max_ratio, step)
 
 
 def checked_options(
@@ -78,8 +80,8 @@ def checked_options(
     """Returns the arguments of a transformation.
 
     Raises:
-      ValueError: for values that are out of range.
-      TypeError: for arguments of another kind.
+      ValueError: a value is out of range.
+      TypeError: an argument has the wrong type.
     """
     # A function as the default would be a schedule to `optax.inject_hyperparams`.
     rule = rules.dtnh if rule is None else rule
@@ -126,13 +128,13 @@ def _checked_strengths(strength: Any) -> dict[str, Strength]:
     return dict(strength)
 
 
-def at(value: Strength, step: Array) -> Float[Array, ""]:
-    """Returns a number, or a schedule's at a step, in at least float32."""
+def value_at(value: Strength, step: Array) -> Float[Array, ""]:
+    """Returns a number, or a schedule's value at a step, in at least float32."""
     return as_float32(value(step) if callable(value) else value)
 
 
 def check_optimizer(argument: str, value: Any) -> None:
-    """Raises TypeError for what is no Optax transformation."""
+    """Raises TypeError unless `value` is an Optax transformation."""
     if not isinstance(value, optax.GradientTransformation):
         raise TypeError(
             f"`{argument}` must be an Optax optimizer such as `optax.adamw(1e-3)`, got "
@@ -151,7 +153,7 @@ def check_count(argument: str, value: Any) -> None:
 def check_number(
     argument: str, value: Any, *, schedule: bool = False, below: float = math.inf
 ) -> None:
-    """Raises unless `value` is a number in [0, below), or something traced."""
+    """Raises unless `value` is a number in [0, below), or a traced scalar."""
     if schedule and callable(value):
         return
     kinds = "a number or a schedule" if schedule else "a number"
@@ -169,16 +171,16 @@ def check_number(
     if isinstance(value, Tracer):
         return
     if not 0 <= float(value) < below:
-        most = "finite" if math.isinf(below) else f"below {below:g}"
+        upper = "finite" if math.isinf(below) else f"below {below:g}"
         raise ValueError(
-            f"`{argument}` must be at least 0 and {most}, got {value}."
+            f"`{argument}` must be at least 0 and {upper}, got {value}."
             + (f" {_CURE}" if _is_half(value) else "")
         )
 
 
 _CURE = (
-    "Numbers in half precision are rounded, 0.999 to 1: where "
-    "`optax.inject_hyperparams` makes them, give it `hyperparam_dtype=jnp.float32`."
+    "Half precision rounds 0.999 to 1: pass `hyperparam_dtype=jnp.float32` to "
+    "`optax.inject_hyperparams`."
 )
 
 
@@ -188,19 +190,20 @@ def _is_half(value: Any) -> bool:
 
 
 def _below_one(decay: Number) -> Number:
-    """Returns a decay that is below 1, even where half precision has lost that.
+    """Returns a traced decay, or the largest number below 1 if it was rounded to 1.
 
-    Warns of one in half precision whose value cannot be seen: what it was is not known.
+    Warns about a traced decay in half precision, because its rounding cannot be seen.
     """
     if not isinstance(decay, Tracer):
         return decay
     is_half = _is_half(decay)
-    most = 1 - float(jnp.finfo(decay.dtype if is_half else jnp.bfloat16).epsneg)
+    largest = 1 - float(jnp.finfo(decay.dtype if is_half else jnp.bfloat16).epsneg)
     if is_half:
         warnings.warn(
-            f"`ema_decay` is a traced {decay.dtype}, taken as at most {most:.4g}. "
+            f"`ema_decay` is a traced {decay.dtype}, used as at most {largest:.4g}. "
             f"{_CURE}",
             stacklevel=4,
         )
     decay = as_float32(decay)
-    return jnp.where(decay < 1, decay, most)  # also of one that was in half precision
+    # A decay in float32 may have been rounded in half precision before.
+    return jnp.where(decay < 1, decay, largest)

@@ -1,8 +1,8 @@
-"""Sums over the devices of a loop in which each holds a part of the gradients.
+"""Sums over devices that hold parts of the gradients, under `jax.shard_map`.
 
-In `jax.shard_map`, `jax.pmap` and `jax.vmap(..., axis_name=...)` a sum over a leaf is
-one over what this device has of it. With jit and sharded arrays nothing of this file is
-needed: there the compiler adds the collectives.
+In `jax.shard_map`, `jax.pmap` and `jax.vmap(..., axis_name=...)` a sum over a leaf runs
+over this device's part of it. Jit with sharded arrays does not need this file: there
+the compiler adds the collectives.
 
 Shape letters: L leaves.
 """
@@ -22,7 +22,7 @@ AxisName = str | tuple[str, ...]
 
 
 def checked(axis_name: Any) -> tuple[str, ...]:
-    """Returns the names of axes as a tuple, none for None."""
+    """Returns the names of axes as a tuple, which is empty for None."""
     names = (axis_name,) if isinstance(axis_name, str) else axis_name
     if names is None:
         return ()
@@ -39,55 +39,54 @@ def checked(axis_name: Any) -> tuple[str, ...]:
 
 
 def count(axes: tuple[str, ...]) -> int:
-    """How many devices there are along the axes.
+    """Returns the number of devices along the axes.
 
     Raises:
-      ValueError: outside of a function that is mapped over these axes.
+      ValueError: the caller is not mapped over these axes.
     """
     try:
         return math.prod(jax.lax.axis_size(axis) for axis in axes)
     except NameError as error:
         raise ValueError(
-            "`axis_name` must name axes that `update` is mapped over, by "
+            "`axis_name` must name axes over which `update` is mapped, by "
             f"`jax.shard_map` or `jax.vmap(..., axis_name=...)`, got {axes}: {error}. "
-            "Under jit alone, where arrays are sharded but not mapped over, leave it "
-            "out."
+            "Leave it out under jit with sharded arrays."
         ) from error
 
 
 def copies(
     leaves: Sequence[Sequence[ArrayLike]], axes: tuple[str, ...]
 ) -> Int[np.ndarray, "L"]:
-    """How many devices hold the same of each leaf: 1 where all of them differ.
+    """Returns how many devices hold the same copy of each leaf; 1 if all differ.
 
-    The types of `jax.shard_map` tell, unless it is called with `check_vma=False`; in
-    other loops nothing does, and every device is taken to hold a part of its own.
+    Types under `jax.shard_map` show this, unless it is called with `check_vma=False`.
+    Elsewhere types do not show it, and every device counts as holding its own part.
 
     Args:
-      leaves: for each of L leaves the arrays that are multiplied there.
-      axes: along which devices are counted.
+      leaves: for each of L leaves, the arrays of its inner product.
+      axes: mapped axes.
     """
     count(axes)
-    told = [axis for axis in axes if axis in _varying(jax.lax.axis_index(axis))]
+    typed = [axis for axis in axes if axis in _varying(jax.lax.axis_index(axis))]
 
-    def of_leaf(arrays):
+    def copies_of(arrays):
         varying = set().union(*[_varying(array) for array in arrays])
         return math.prod(
-            jax.lax.axis_size(axis) for axis in told if axis not in varying
+            jax.lax.axis_size(axis) for axis in typed if axis not in varying
         )
 
-    return np.array([of_leaf(arrays) for arrays in leaves], int)
+    return np.array([copies_of(arrays) for arrays in leaves], int)
 
 
-def add(values: Sequence[Array], axes: tuple[str, ...]) -> list[Array]:
-    """Sums arrays of one shape over devices: one collective."""
+def sum_over_devices(values: Sequence[Array], axes: tuple[str, ...]) -> list[Array]:
+    """Sums arrays of one shape over devices, in one collective."""
     if not axes:
         return list(values)
     return list(jnp.unstack(_psum(jnp.stack(values), axes)))
 
 
-def everywhere(flag: Bool[Array, ""], axes: tuple[str, ...]) -> Bool[Array, ""]:
-    """Whether something is so on every device."""
+def all_devices(flag: Bool[Array, ""], axes: tuple[str, ...]) -> Bool[Array, ""]:
+    """Returns whether a flag is true on every device."""
     if not axes:
         return flag
     count(axes)
@@ -97,31 +96,31 @@ def everywhere(flag: Bool[Array, ""], axes: tuple[str, ...]) -> Bool[Array, ""]:
 def check_parts(
     grads: Sequence[Any], params: Sequence[Any], axes: tuple[str, ...]
 ) -> None:
-    """Raises ValueError where devices have the same parameters and own gradients."""
+    """Raises ValueError if devices share parameters but not their gradients."""
     for grad, param in zip(grads, params):
         own = set(axes) & (_varying(grad) - _varying(param))
         if own:
             raise ValueError(
-                f"`axis_name` must name axes along which parameters are cut, got {axes}"
-                f", but along {sorted(own)} every device has the same parameters and "
-                "gradients of its own: average these with `jax.lax.pmean` before "
-                "`update`, and leave the axis out."
+                "`axis_name` must name axes along which parameters are sharded, got "
+                f"{axes}, but along {sorted(own)} every device has the same parameters "
+                "and gradients of its own examples: average those gradients with "
+                "`jax.lax.pmean` before `update`, and leave the axis out."
             )
 
 
-def of_type(x: Any, like: Any) -> Array:
-    """Returns a value in the type of another: dtype, sharding, axes it varies over."""
+def cast_like(x: Any, like: Any) -> Array:
+    """Returns a value with the type of `like`: dtype, sharding and varying axes."""
     return _sharded(as_varying(x.astype(like.dtype), like), like)
 
 
-def widened(x: Any, like: Any) -> Array:
-    """Returns a value as another one is spread over devices, unless it is already."""
+def shard_like(x: Any, like: Any) -> Array:
+    """Returns a value with the sharding of `like`, unless it already has one."""
     on_mesh = _explicit_sharding(x) is not None
     return as_varying(x if on_mesh else _sharded(x, like), like)
 
 
 def _sharded(x: Any, like: Any) -> Array:
-    """Shards a value as another one is, if that is on an explicit mesh."""
+    """Shards a value like `like`, if that is on an explicit mesh."""
     sharding = _explicit_sharding(like)
     if sharding is None or sharding == _explicit_sharding(x):
         return x
@@ -129,25 +128,25 @@ def _sharded(x: Any, like: Any) -> Array:
 
 
 def _explicit_sharding(x: Any) -> jax.sharding.NamedSharding | None:
-    """The sharding in a value's type, which only explicit meshes have."""
+    """Returns the sharding in a value's type, or None without an explicit mesh."""
     sharding: Any = _type(x).sharding
     is_explicit = sharding and AxisType.Explicit in sharding.mesh.axis_types
     return sharding if is_explicit else None
 
 
 def zeros(like: jax.ShapeDtypeStruct) -> Array:
-    """Returns zeros of a type, such as `jax.eval_shape` gives, on any mesh."""
+    """Returns zeros of a type from `jax.eval_shape`, on any mesh."""
     return as_varying(jnp.zeros(like.shape, like.dtype, device=like.sharding), like)
 
 
 def as_varying(x: Array, like: Any) -> Array:
-    """Lets a value differ between devices, for types, where another one does."""
+    """Marks a value as varying over the axes over which `like` varies."""
     return _made_varying(x, _varying(like) - _varying(x))
 
 
 def _psum(values: Array, axes: tuple[str, ...]) -> Array:
     missing = set(axes) & _varying(jax.lax.axis_index(axes)) - _varying(values)
-    # In types, what all devices have in common has no sum over them.
+    # Under typed axes `psum` rejects values that do not vary over them.
     return jax.lax.psum(_made_varying(values, missing), axes)
 
 
@@ -164,7 +163,7 @@ def _made_varying(x: Any, axes: Collection[str]) -> Any:
 
 
 def _varying(array: Any) -> frozenset[str]:
-    """The axes along which a value's type in `jax.shard_map` says that it differs."""
+    """Returns the axes over which a value varies, by its type under `jax.shard_map`."""
     kind = _type(array)
     if (manual := getattr(kind, "manual_axis_type", None)) is not None:
         return manual.varying

@@ -1,4 +1,4 @@
-"""Chooses how far to trust a regularizer: a race of levels over folds."""
+"""`choose_trust`: cross-validates levels of trust, and drops the clearly worse ones."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -10,22 +10,24 @@ from scipy import special
 
 from dtnh_jax._arguments import check_count
 
-# To trust it or not: levels between or beyond these keep no more of the help, and each
-# is one more to choose wrongly.
+# Other levels kept no more of the help in the study, and each can be chosen wrongly.
 LEVELS = (0.0, 1.0)
+# A difference is clear from so many standard errors on, the one-sided level of 10%.
+# Cells of the study lose a little more with less, and keep less help with more.
+_CLEAR = 1.28
 _SOFTNESS = 0.3  # of `smooth_accuracy`, in root mean squares of the margins
 
 
 class TrustChoice(NamedTuple):
-    """What `choose_trust` found."""
+    """The level that `choose_trust` chose, and the scores that it compared."""
 
     trust: float
-    # Mean score of each level, on each fold that it was trained on.
+    # Mean score of each level, on each fold that it was scored on.
     scores: dict[float, list[float]]
 
     @property
     def trainings(self) -> int:
-        """How many trainings it took."""
+        """Number of trainings that the choice took."""
         return sum(map(len, self.scores.values()))
 
 
@@ -37,39 +39,42 @@ def choose_trust(
     folds: int = 4,
     seed: int = 0,
 ) -> TrustChoice:
-    """Finds the level of trust for `never_hurt` by cross-validation, as a race.
+    """Chooses the trust of `never_hurt` by cross-validation, as a race of levels.
 
-    The examples are cut into folds. Every level is trained without the first fold and
-    scored on it; then without the second, and compared on the examples of all folds so
-    far. A level drops out if it is worse than the best by more than one standard error
-    of their difference, example by example, or scores every example as a lower level
-    does. With two levels and four folds that takes two to eight trainings. Of equal
-    levels the lower one is taken. Then train once more on all examples, with the level
-    that was found.
+    The examples are split into folds. Every level is trained without the first fold
+    and scored on it. The remaining levels are then trained without the second fold and
+    compared on the examples of both folds, and so on. After each fold a level drops out
+    if it is clearly worse than the best level, by more than 1.28 standard errors of
+    their paired difference (a one-sided level of 10%), or if it gives every example the
+    same score as a lower level. If 0 is still in the race after the last fold, it wins:
+    a regularizer is trusted only if it is clearly better than none. Otherwise the best
+    level wins, and ties go to the lower one. Two levels and four folds take two to
+    eight trainings. Afterwards, train once more on all examples with the chosen level.
 
-    Score by what matters in the end: for classifiers by `smooth_accuracy`, or whether
-    an example is classified correctly. Neither the cross-entropy nor the probability of
-    the label will do. A network that is held back predicts with less confidence, which
-    the one rewards where labels are wrong and the other punishes, right or wrong.
+    Score classifiers by `smooth_accuracy`, or by 1 for a correct and 0 for a wrong
+    prediction. Do not use the cross-entropy or the probability of the label: both
+    depend on the confidence of a network, which a regularizer lowers. The cross-entropy
+    rewards that where labels are wrong; the probability punishes it everywhere.
 
     Args:
-      evaluate: of a level, the rows to train on and the rows held out: trains with
-        `never_hurt(..., trust=level)` and returns a score of every held-out example,
-        `[held out]`, the higher the better. Use the same start and as many steps for
-        every level.
-      examples: how many there are, or their classes `[n]`, which folds then share
-        evenly.
-      levels: of trust, at least 0; 0 is to do without the regularizer, and is always
-        one of them. One beside it is enough, see the results of the study.
-      folds: at least 2.
-      seed: of the cut.
+      evaluate: maps a level, the rows to train on and the held-out rows to a score of
+        every held-out example, `[held out]`; higher is better. It trains with
+        `never_hurt(..., trust=level)`, from the same initial parameters and for the
+        same number of steps at every level.
+      examples: number of examples, or their classes `[n]`; folds then hold equal
+        shares of every class.
+      levels: candidates for `trust`, at least 0. 0, which is to do without the
+        regularizer, is always added. One level besides 0 suffices in the study.
+      folds: number of folds, at least 2.
+      seed: seed of the split.
 
     Returns:
-      The level, with what every training scored.
+      The chosen level, with the mean score of every training.
 
     Raises:
-      ValueError: for values that are out of range, or scores that do not fit.
-      TypeError: for arguments of another kind.
+      ValueError: a value is out of range, or the scores have another shape, or no
+        level has finite ones.
+      TypeError: an argument has the wrong type.
 
     Example:
       >>> def evaluate(trust, train, held_out):  # stands for a training
@@ -87,26 +92,31 @@ def choose_trust(
 
     def score(level: float, fold: int) -> Float[np.ndarray, " n"]:
         held_out = parts[fold]
-        given = evaluate(level, np.setdiff1d(everything, held_out), held_out)
-        return _checked_score(given, level, len(held_out))
+        scores = evaluate(level, np.setdiff1d(everything, held_out), held_out)
+        return _checked_score(scores, level, len(held_out))
 
-    return race(score, candidates, folds)
+    alive, by_level = race(score, candidates, folds)
+    means = {
+        level: [float(scores.mean()) for scores in by_fold]
+        for level, by_fold in by_level.items()
+    }
+    return TrustChoice(0.0 if 0.0 in alive else alive[0], means)
 
 
 def smooth_accuracy(
     logits: Float[ArrayLike, "n classes"], labels: Int[ArrayLike, " n"]
 ) -> Float[np.ndarray, " n"]:
-    """Returns how far each example is classified correctly, from 0 to 1.
+    """Returns a smooth version of "classified correctly" for each example, from 0 to 1.
 
-    It is `sigmoid(margin / (0.3 * rms))`, with the margin between the logit of the
-    label and the largest other one, and the root mean square of all margins. So it is
-    an accuracy in which a near miss counts more than a bad one, which makes it less
-    noisy where examples are few; and it does not depend on how confident a network is:
-    twice the logits are the same score.
+    It is `sigmoid(margin / (0.3 * rms))`. The margin is the logit of the label minus
+    the largest other logit, and `rms` is the root mean square of all margins. A near
+    miss scores higher than a bad miss, so the mean is less noisy than accuracy on few
+    examples. The score does not depend on a network's confidence: twice the logits give
+    the same score.
 
     Args:
-      logits: of the examples, finite.
-      labels: their classes, from 0.
+      logits: finite logits of the examples.
+      labels: classes of the examples, from 0.
 
     Example:
       >>> logits = np.array([[2.0, 0.0], [0.2, 0.0], [0.0, 1.0]])
@@ -127,19 +137,23 @@ def race(
     score: Callable[[float, int], Float[np.ndarray, " n"]],
     levels: Sequence[float],
     folds: int,
-) -> TrustChoice:
-    """Races levels over folds, as `choose_trust` says.
+) -> tuple[list[float], dict[float, list[Float[np.ndarray, " n"]]]]:
+    """Compares levels fold by fold, as described in `choose_trust`.
 
     Args:
-      score: of a level and a fold: a score of every example that it holds out.
-      levels: in ascending order.
-      folds: how many there are.
+      score: maps a level and a fold to a score of every example of that fold.
+      levels: candidates, in ascending order.
+      folds: number of folds.
+
+    Returns:
+      The levels left at the end, the best first, and the scores of every level, by
+      fold.
     """
-    alive, seen = list(levels), {level: [] for level in levels}
+    alive, by_level = list(levels), {level: [] for level in levels}
     for fold in range(folds):
         for level in alive:
-            seen[level].append(score(level, fold))
-        alive = remaining([np.concatenate(seen[level]) for level in alive], alive)
+            by_level[level].append(score(level, fold))
+        alive = remaining([np.concatenate(by_level[level]) for level in alive], alive)
         if not alive:
             raise ValueError(
                 "`evaluate` must return finite scores, got none at the levels "
@@ -147,8 +161,7 @@ def race(
             )
         if len(alive) == 1:
             break
-    scores = {x: [float(each.mean()) for each in found] for x, found in seen.items()}
-    return TrustChoice(alive[0], scores)
+    return alive, by_level
 
 
 def remaining(
@@ -156,12 +169,12 @@ def remaining(
 ) -> list[float]:
     """Returns the levels that are not clearly worse than the best, the best first.
 
-    One with a score that is not finite, whose training diverged, is left out; so is one
-    that scores every example as a lower level does.
+    Leaves out a level with a score that is not finite, because its training diverged,
+    and a level that gives every example the same score as a lower level.
 
     Args:
-      scores: of the same examples, for each level.
-      levels: in ascending order.
+      scores: for each level, the scores of the same examples.
+      levels: candidates, in ascending order.
     """
     finite = [i for i in range(len(levels)) if np.isfinite(scores[i]).all()]
     distinct = {
@@ -171,7 +184,7 @@ def remaining(
 
     def is_close(score: np.ndarray) -> bool:
         lead = scores[order[0]] - score
-        return bool(lead.sum() <= np.sqrt(np.sum(lead**2)))
+        return bool(lead.sum() <= _CLEAR * np.sqrt(np.sum(lead**2)))
 
     return [levels[i] for i in order if is_close(scores[i])]
 
@@ -182,13 +195,13 @@ def cut_in_folds(
     """Returns the rows that each fold holds out, in ascending order.
 
     Args:
-      examples: how many, or their classes, which folds share evenly.
-      folds: at least 2, and at most as many as examples.
-      seed: of the cut.
+      examples: number of examples, or their classes, of which folds hold equal shares.
+      folds: number of folds, from 2 to the number of examples.
+      seed: seed of the split.
 
     Raises:
-      ValueError: for values that are out of range.
-      TypeError: for arguments of another kind.
+      ValueError: a value is out of range.
+      TypeError: an argument has the wrong type.
     """
     check_count("folds", folds)
     if isinstance(examples, int):
@@ -198,7 +211,7 @@ def cut_in_folds(
         classes = np.asarray(examples)
         if classes.ndim != 1:
             raise ValueError(
-                "`examples` must be a number or an array of one axis, got the shape "
+                "`examples` must be a number or an array with one axis, got the shape "
                 f"{classes.shape}."
             )
     if not 2 <= folds <= len(classes):
@@ -212,16 +225,17 @@ def cut_in_folds(
 
 
 def _checked_levels(levels: Sequence[float]) -> list[float]:
-    found = sorted({0.0, *map(float, levels)})
-    if len(found) < 2 or not all(0 <= x < np.inf for x in found):
+    candidates = sorted({0.0, *map(float, levels)})
+    if len(candidates) < 2 or not all(0 <= x < np.inf for x in candidates):
         raise ValueError(
-            f"`levels` must hold finite numbers of at least 0, got {list(levels)}."
+            "`levels` must hold finite numbers of at least 0, one of them above 0, got "
+            f"{list(levels)}."
         )
-    return found
+    return candidates
 
 
-def _checked_score(given: Any, level: float, count: int) -> Float[np.ndarray, " n"]:
-    score = np.asarray(given, np.float64)
+def _checked_score(scores: Any, level: float, count: int) -> Float[np.ndarray, " n"]:
+    score = np.asarray(scores, np.float64)
     if score.shape != (count,):
         raise ValueError(
             f"`evaluate` must return a score of every held-out example, [{count}], got "

@@ -1,4 +1,4 @@
-"""The console script `dtnh`: hands over to what its first word names."""
+"""The console script `dtnh`: runs the module of its first argument."""
 
 import importlib
 import io
@@ -16,9 +16,9 @@ _COMMANDS = {
     "lm": "dtnh_jax.lm.command",
     "study": "dtnh_jax.studies.trust.command",
 }
-_WITHOUT_A_WORD = "dtnh_jax.finetune.command"
+_DEFAULT = "dtnh_jax.finetune.command"
 _STUDIES, _LANGUAGE_MODELS = "dtnh_jax.studies", "dtnh_jax.lm"
-_BROKEN_PIPE = 141  # 128 and the number of the signal that it is elsewhere
+_BROKEN_PIPE = 141  # 128 plus the number of SIGPIPE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,25 +28,25 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the arguments, without the program's name; those of the process by default.
 
     Returns:
-      The exit status: 0; 1 where it could not go on, such as with a full disk; 2 for
-      arguments, data, weights or packages that can not be used; 75 where another
-      process was lost; each after one line on stderr; 128 and the signal's number where
-      one stopped it.
+      The exit status. 0: success. 1: the command could not continue, for example
+      because the disk is full. 2: arguments, data, weights or packages can not be used.
+      75: another process was lost. 128 plus a signal's number: that signal stopped the
+      command. Statuses 1, 2 and 75 come after one line on stderr.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # Names of files and classes may be text that it has no letters for.
+        # Its encoding may lack characters in names of files and classes.
         sys.stdout.reconfigure(errors="backslashreplace")
     if argv and argv[0] in _COMMANDS:
         return run(_COMMANDS[argv[0]], argv[1:])
-    return run(_WITHOUT_A_WORD, argv)
+    return run(_DEFAULT, argv)
 
 
 def run(module: str, argv: Sequence[str]) -> int:
     """Imports a module, and returns the exit status of its `run(argv)`.
 
-    What is missing is said in one line, and output that nobody reads, as of
-    `dtnh --help | head`, ends the command without a word.
+    Reports a missing package in one line. Ends silently when the reader of its output
+    is gone, as in `dtnh --help | head`.
     """
     try:
         try:
@@ -54,9 +54,9 @@ def run(module: str, argv: Sequence[str]) -> int:
         finally:
             sys.stdout.flush()  # here, where a broken pipe is caught
     except ModuleNotFoundError as error:
-        return shell.refuse(_what_is_missing(error.name or "", module))
+        return shell.refuse(_missing_package(error.name or "", module))
     except KeyboardInterrupt:
-        print("Interrupted, before any training.", file=sys.stderr)
+        print("Interrupted before any training.", file=sys.stderr)
         return shell.INTERRUPTED
     except BrokenPipeError:
         # Python flushes once more at its end.
@@ -64,11 +64,11 @@ def run(module: str, argv: Sequence[str]) -> int:
         return _BROKEN_PIPE
 
 
-def _what_is_missing(name: str, module: str) -> str:
+def _missing_package(name: str, module: str) -> str:
     if f"{name}.".startswith(f"{_STUDIES}."):
         return (
-            "the study and the benchmarks are in the repository only: clone it, "
-            "and in there pip install -e '.[study]'"
+            "the study and the benchmarks are only in the repository: clone it, and "
+            "run pip install -e '.[study]' in it"
         )
     extra = "lm" if module.startswith(_LANGUAGE_MODELS) else "study"
     return f"the package {name} is missing: pip install 'dtnh-jax[{extra}]'"

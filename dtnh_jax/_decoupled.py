@@ -1,4 +1,4 @@
-"""Regularization beside an optimizer instead of in front of it, as AdamW does it."""
+"""Adds the regularizer's step to the optimizer's step, as AdamW adds weight decay."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from dtnh_jax._arguments import Number, Strength, check_optimizer, checked_optio
 from dtnh_jax._axes import AxisName
 from dtnh_jax._geometry import Scope, matched
 from dtnh_jax._resolve import ConflictState, init_state, resolve
-from dtnh_jax._trees import Mask, given, is_trainable, prevent_cse
+from dtnh_jax._trees import Mask, is_trainable, prevent_cse, split_updates
 from dtnh_jax.regularizers.weights import WeightRegularizer
 
 
@@ -21,7 +21,7 @@ class DecoupledState(NamedTuple):
 
     conflict: ConflictState
     optimizer: optax.OptState
-    # Of the regularizer's own optimizer: None, one state, or a dict of them by name.
+    # State of the regularizer's own optimizer: None, one, or a dict of them by name.
     regularizer_optimizer: Any
 
 
@@ -38,49 +38,49 @@ def decoupled(
     mask: Mask | None = None,
     axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Lets an optimizer see the loss alone, and adds the regularizer's step to its.
+    """Optimizes the loss alone, and adds the regularizer's step after the optimizer.
 
-    An adaptive optimizer that comes after the projection rescales what was projected,
-    and the guarantee is gone: with `g = (1, 1, 1, 2)` and `r = (-2, -2, -2, 1.25)`
-    DTNH gives a direction `d` with `<d, g> = 7`, but `<sign(d), g> = -1`. So, as AdamW
-    does with weight decay, the inner optimizer turns `g` alone into its update `u`,
-    and the regularizer's own step, `-strength * r`, is resolved against `g` and added
-    to `u`. Whatever the inner optimizer is, the loss falls to first order at least as
-    fast as with `u` alone: `<g, update> <= <g, u>`.
+    An adaptive optimizer that follows the projection rescales the projected gradient
+    and breaks the guarantee: with `g = (1, 1, 1, 2)` and `r = (-2, -2, -2, 1.25)`,
+    DTNH gives a direction `d` with `<d, g> = 7`, but `<sign(d), g> = -1`. Here, as in
+    AdamW's weight decay, the inner optimizer gets `g` alone and returns `u`. The
+    regularizer's own step, `-strength * r`, is resolved against `g` and added to `u`.
+    For any inner optimizer, the loss falls to first order at least as fast as with `u`
+    alone: `<g, update> <= <g, u>`.
 
-    Before resolution, `g` is scaled to the length of the step in every group, because
-    lengths of gradients and of steps have no common unit. Rules that only project the
-    regularizer, such as `rules.dtnh`, `rules.gate` and `rules.orthogonal`, do not
-    depend on it.
+    Before resolution, `g` is scaled to the length of the regularizer's step in every
+    group, because gradients and steps have different units. The scale has no effect on
+    rules that only project the regularizer, such as `rules.dtnh`, `rules.gate` and
+    `rules.orthogonal`.
 
     Args:
       optimizer: any Optax optimizer, learning rate included. It gets the loss gradient.
       strength: factor of the regularizer's step, in units of the parameters per step,
         like AdamW's weight decay times its learning rate: a number, a schedule of the
         step, or a dict by name.
-      regularizer: of the weights, or a dict of several: then `update` takes plain
-        gradients and needs `params`. Without it, `update` takes a `GradientPair`, or
-        the keyword `regularizer_grads`.
-      regularizer_optimizer: turns `r` into its step, which `strength` multiplies;
-        plain descent, `-r`, by default. Several regularizers have a state of it each.
-        Keywords of `update` such as `value` go to both optimizers.
+      regularizer: a regularizer of the weights, or a dict of several by name. With it,
+        `update` takes plain gradients and needs `params`. Without it, `update` takes a
+        `GradientPair`, or the keyword `regularizer_grads`.
+      regularizer_optimizer: maps `r` to its step, which `strength` multiplies; plain
+        descent, `-r`, by default. Each of several regularizers has its own state.
+        Keywords of `update`, such as `value`, go to both optimizers.
       rule: as in `resolve_conflicts`; `rules.dtnh` by default.
       scope: as in `dtnh`.
       ema_decay: as in `dtnh`.
-      max_ratio: at most how long the regularizer's part may be, as a multiple of the
-        norm of the inner optimizer's update `u` in the same group; a number or a
-        schedule of the step.
+      max_ratio: the largest norm of the regularizer's part, as a multiple of the norm
+        of the inner optimizer's update `u` in the same group; a number or a schedule of
+        the step.
       mask: as in `dtnh`.
-      axis_name: as in `dtnh`; the inner optimizer works on what a device holds. A
-        `regularizer_optimizer` adds a sum over devices, of one number, and `max_ratio`
-        one of the norms of `u`.
+      axis_name: as in `dtnh`; the inner optimizer updates each device's part. A
+        `regularizer_optimizer` needs one more collective, of one number; `max_ratio`
+        needs one more, of the norms of `u`.
 
     Returns:
-      A complete optimizer; what it returns is added to the parameters.
+      A complete optimizer; its updates are added to the parameters.
 
     Raises:
-      ValueError: for values that are out of range or trees that do not match.
-      TypeError: for arguments of another kind.
+      ValueError: a value is out of range, or trees do not match.
+      TypeError: an argument has the wrong type.
 
     Example:
       >>> from dtnh_jax import decoupled, regularizers
@@ -123,7 +123,7 @@ def decoupled(
         held_out_grads=None,
         **extra_args,
     ):
-        loss, gradients = given(
+        loss, gradients = split_updates(
             options, updates, regularizer_grads, params, state.conflict.anchor
         )
         own = state.regularizer_optimizer
@@ -139,12 +139,12 @@ def decoupled(
         leaves, part, conflict = resolve(
             options,
             state.conflict,
-            prevent_cse(loss),  # or squares are shared with those of Adam
+            prevent_cse(loss),  # else XLA shares the squares with those of Adam
             gradients,
             params,
             held_out_grads,
-            # Lengths of gradients and of steps have no common unit.
-            ask=lambda _, gram: matched(options.rule, gram),
+            # Gradients and steps have different units.
+            coefficients_of=lambda _, gram: matched(options.rule, gram),
             lengths=updates,
         )
         return leaves.subtracted(updates, part), DecoupledState(conflict, inner, own)
@@ -155,17 +155,17 @@ def decoupled(
 def _step(
     optimizer, grads, state, params, axes, extra_args
 ) -> tuple[optax.Updates, optax.OptState]:
-    """An optimizer's step, as if it were a gradient, and its state.
+    """Returns an optimizer's negated step, which acts as a gradient, and its state.
 
-    A step that is not finite is returned as it is, to be counted and left out, but the
-    optimizer is not to remember it.
+    A step that is not finite is returned, so that `resolve` counts it and leaves it
+    out; the optimizer's state then stays as it was.
     """
     step, new_state = optimizer.update(grads, state, params, **extra_args)
     finite = [
         jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(step) if is_trainable(x)
     ]
     is_finite = jnp.all(jnp.stack([jnp.array(True), *finite]))
-    is_finite = _axes.everywhere(is_finite, axes)
+    is_finite = _axes.all_devices(is_finite, axes)
     new_state = jax.tree.map(
         lambda new, old: jnp.where(is_finite, new, old), new_state, state
     )
@@ -181,24 +181,25 @@ def cautious(
 ) -> optax.GradientTransformationExtraArgs:
     """Cautious decay: adds the regularizer's step where the optimizer's step agrees.
 
-    With `u` the update of `optimizer`, which sees the loss gradient alone, and `r` the
-    regularizer's gradient, the update is `u - strength * r` in coordinates where
-    `u * r <= 0`, and `u` elsewhere. Where `decoupled(..., scope="element")` asks the
-    gradient of this step, this asks the optimizer's step, momentum included.
+    Let `u` be the update of `optimizer` from the loss gradient alone, and `r` the
+    regularizer's gradient. The update is `u - strength * r` in coordinates where
+    `u * r <= 0`, and `u` elsewhere. The sign test uses the optimizer's step, momentum
+    included; `decoupled(..., scope="element")` uses the gradient of the current step.
 
     Args:
       optimizer: any Optax optimizer, learning rate included.
       strength: as in `decoupled`: factor of the regularizer's step, in units of the
         parameters per step.
-      regularizer: of the weights, or a dict of several, as in `decoupled`.
+      regularizer: a regularizer of the weights, or a dict of several, as in
+        `decoupled`.
       mask: as in `dtnh`.
 
     Returns:
-      A complete optimizer; its output is added to the parameters.
+      A complete optimizer; its updates are added to the parameters.
 
     Raises:
-      ValueError: for values that are out of range or trees that do not match.
-      TypeError: for arguments of another kind.
+      ValueError: a value is out of range, or trees do not match.
+      TypeError: an argument has the wrong type.
 
     Example:
       >>> from dtnh_jax import GradientPair, cautious
@@ -221,11 +222,11 @@ def cautious(
         return DecoupledState(init_state(options, params), optimizer.init(params), None)
 
     def update(updates, state, params=None, *, regularizer_grads=None, **extra_args):
-        loss, gradients = given(
+        loss, gradients = split_updates(
             options, updates, regularizer_grads, params, state.conflict.anchor
         )
         updates, inner = optimizer.update(loss, state.optimizer, params, **extra_args)
-        # The gate of steps instead of gradients: `-u` is the direction of descent.
+        # The gate compares steps instead of gradients: `-u` acts as the gradient.
         back = jax.tree.map(lambda x: -x if is_trainable(x) else x, updates)
         leaves, part, conflict = resolve(
             options, state.conflict, back, gradients, params

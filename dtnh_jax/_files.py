@@ -1,4 +1,4 @@
-"""Files that outlast a crash: whole or not at all, and on disk before one goes on."""
+"""Atomic writes of files that survive a crash or a power failure."""
 
 import contextlib
 import os
@@ -6,20 +6,21 @@ import pathlib
 
 
 def replace(path: str | os.PathLike[str], content: str | bytes) -> None:
-    r"""Writes a file so that readers see the old one or the new one, whole.
+    r"""Writes a file atomically: readers get the complete old or new file.
 
-    It is on disk when this returns, its name included. So what is written afterwards,
-    and says that this file is there, does not outlast it when the power goes.
+    The content and the name are on disk when this returns. So after a power failure, a
+    file that is written later does not exist without this one.
 
     Args:
-      path: of the file, in a folder that exists. Beside it, one that ends in
-        `.partial` is written first; two processes may write the same file. Links are
-        followed, and devices, such as `/dev/stdout`, are written as they are.
-      content: bytes, or text, which is written as UTF-8. What no encoding has, as in
-        names of files that are not UTF-8, is written as `\udce9`.
+      path: path of the file, in a folder that exists. The content is first written to a
+        file beside it that ends in `.partial`; two processes may write the same file.
+        Links are followed; devices, such as `/dev/stdout`, are written directly.
+      content: bytes, or text, which is written as UTF-8. Surrogates, as in file names
+        that are not UTF-8, are written as `\udce9`.
 
     Raises:
-      OSError: the disk is full, or the like; the old file is as it was.
+      OSError: the file can not be written, for example because the disk is full; the
+        old file is unchanged.
     """
     if isinstance(content, str):
         content = content.encode("utf-8", "backslashreplace")
@@ -42,7 +43,7 @@ def replace(path: str | os.PathLike[str], content: str | bytes) -> None:
 
 
 def make_folder(path: str | os.PathLike[str]) -> None:
-    """Makes a folder, and those that it is in, unless they are there."""
+    """Makes a folder and its missing parents."""
     path = pathlib.Path(path)
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
@@ -51,15 +52,15 @@ def make_folder(path: str | os.PathLike[str]) -> None:
 
 
 def sync(path: str | os.PathLike[str]) -> None:
-    """Returns once a file, or the names in a folder, are on disk.
+    """Syncs a file, or the names in a folder, to disk.
 
     Raises:
-      OSError: a file can not be written. Folders are synced where the system can.
+      OSError: a file can not be written. Folders are synced if the system can.
     """
     path = pathlib.Path(path)
     is_folder = path.is_dir()
     with contextlib.ExitStack() as stack:
-        if is_folder:  # Windows opens none, and some file systems sync none
+        if is_folder:  # Windows can not open folders; some file systems can not sync
             stack.enter_context(contextlib.suppress(OSError))
         reads = is_folder or os.name == "posix"
         descriptor = os.open(path, os.O_RDONLY if reads else os.O_RDWR)

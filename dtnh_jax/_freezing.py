@@ -1,6 +1,6 @@
-"""Parameters that an optimizer freezes behind a transformation of this library.
+"""Warns about parameters that are frozen after a transformation of this library.
 
-Their gradients still count in its inner products and norms, where they are noise.
+Their gradients still count in its inner products and norms, as noise.
 """
 
 import warnings
@@ -21,17 +21,17 @@ def warn_of_freezing(
     state: optax.OptState,
     params: optax.Params,
 ) -> None:
-    """Warns of parameters that are frozen where it is too late.
+    """Warns about parameters that an optimizer freezes after resolution.
 
-    Looks at the program of an update: a parameter is frozen if its update depends on
-    nothing, and too late if the updates of others depend on its gradient, and what a
-    transformation of this library has measured does, too. Where each parameter has an
-    inner product of its own there is nothing to warn of.
+    The check reads the program of an update. A parameter is frozen if its update
+    depends on no gradient. It is frozen too late if the updates of other parameters and
+    the sums of a transformation of this library depend on its gradient. There is no
+    warning if each parameter has an inner product of its own.
 
     Args:
       tx: an optimizer.
-      grads: what its `update` gets.
-      state: its state.
+      grads: the argument of its `update`.
+      state: the optimizer's state.
       params: the parameters.
     """
     loss = grads.loss if isinstance(grads, GradientPair) else grads
@@ -69,9 +69,9 @@ def warn_of_freezing(
     if late:
         more = f" and {len(late) - 1} more" if len(late) > 1 else ""
         warnings.warn(
-            f"The optimizer freezes '{late[0]}'{more} behind a transformation of "
-            "dtnh_jax, in whose inner products and norms the gradients of frozen "
-            "parameters count. Give that transformation a `mask` of what is trained.",
+            f"The optimizer freezes '{late[0]}'{more} after a transformation of "
+            "dtnh_jax, whose inner products and norms include the gradients of frozen "
+            "parameters. Pass that transformation a `mask` of the trained parameters.",
             stacklevel=3,
         )
 
@@ -81,15 +81,15 @@ def _is_measured(node: Any) -> bool:
 
 
 def _dependencies(program: core.Jaxpr) -> list[int]:
-    """For each output the inputs that it may depend on, as bits of a number."""
+    """Returns the inputs on which each output may depend, as bits of a number."""
     known = {variable: 1 << i for i, variable in enumerate(program.invars)}
 
-    def of(atom):
+    def inputs_of(atom):
         return 0 if isinstance(atom, core.Literal) else known.get(atom, 0)
 
     for equation in program.eqns:
         bits = 0
         for atom in equation.invars:
-            bits |= of(atom)
+            bits |= inputs_of(atom)
         known.update(dict.fromkeys(equation.outvars, bits))
-    return [of(atom) for atom in program.outvars]
+    return [inputs_of(atom) for atom in program.outvars]

@@ -1,9 +1,9 @@
-"""Inner products of two gradients over a scope, and what a rule makes of them.
+"""Inner products of two gradients over a scope, and the coefficients of a rule.
 
-A scope cuts the parameters into groups; all parameters of a group share one Gram matrix
-and so one answer of the rule. Groups are made of whole leaves (`"global"`, `"leaf"`,
-labels) or lie inside of leaves (`"unit"`, `"element"`). Sums are `jnp.sum(x * y)` in
-float32, because that partitions over a mesh without gathering anything.
+A scope divides the parameters into groups. All parameters of a group share one Gram
+matrix and the coefficients that the rule computes from it. Groups consist of whole
+leaves (`"global"`, `"leaf"`, labels) or lie within a leaf (`"unit"`, `"element"`). Sums
+are `jnp.sum(x * y)` in float32, because this partitions over a mesh without gathers.
 
 Shape letters: L leaves that take part, G groups of whole leaves.
 """
@@ -24,48 +24,49 @@ from dtnh_jax._trees import (
 )
 from dtnh_jax.rules import Rule
 from dtnh_jax.rules._gram import Coefficients, Gram, ratio
-from dtnh_jax.rules._gram import coefficients as answer
+from dtnh_jax.rules._gram import coefficients as rule_coefficients
 
 NAMED_SCOPES = ("global", "leaf", "unit", "element")
 Scope = str | PyTree[str] | Callable[[PyTree], PyTree[str]]
-# Returns the leaves of a gradient. Of one in closed form each call is one more
-# computation: two sums and an update that shared one would have it written to memory.
+# Returns the leaves of a gradient. Each call recomputes a closed-form gradient: if two
+# sums and an update shared one computation, XLA would write its result to memory.
 Leaves = Callable[[], list[Array]]
 
-# Relative to its two summands, a sum below this is their rounding: they cancel.
+# A sum smaller than this share of its two summands is their rounding error: they
+# cancel.
 _ROUNDING = 1e-6
-# Sums over many parameters leave this share of a square uncertain.
-_UNCERTAIN = 1e-5
+# Relative error of a square that is summed over many parameters.
+_RELATIVE_ERROR = 1e-5
 
 
 class Measured(NamedTuple):
-    """What an update measured: a row for each group of leaves, or leaf of groups."""
+    """Sums of an update, with a row for each group of leaves or each leaf of groups."""
 
-    # <m, m>, <m, r> and <r, r> with the protected gradient m; the squared norm of what
-    # the rule added, before a bound; how many parameters are in groups in conflict. As
-    # one array, which takes one kernel to write.
+    # <m, m>, <m, r> and <r, r> with the protected gradient m; the squared norm of the
+    # rule's contribution, before a bound; the number of parameters in groups in
+    # conflict. One array, so that one kernel writes it.
     sums: Float[Array, "5 rows"]
-    size: Float[Array, "rows"]  # parameters
+    size: Float[Array, "rows"]  # number of parameters
     skipped: Int[Array, ""]  # updates so far that left a group out
-    trust: Any = None  # `Float[Array, ""]` of `never_hurt`, None elsewhere
+    trust: Any = None  # `Float[Array, ""]` for `never_hurt`, else None
 
 
 def unmeasured(rows: int) -> Measured:
-    """What there is before the first update, with the shapes of all later ones."""
+    """Returns zeros with the shapes of every update's sums, for `init`."""
     zeros = jnp.zeros([5, rows], jnp.float32)
     return Measured(zeros, zeros[0], jnp.zeros([], jnp.int32))
 
 
 class Groups(NamedTuple):
-    """Which parameters share one inner product."""
+    """The groups of parameters that share one inner product."""
 
-    kind: str  # "whole", of leaves; or "unit" or "element", inside of them
-    row_of: Int[np.ndarray, "L"]  # the row of each leaf, which is its group if whole
+    kind: str  # "whole" for groups of leaves; "unit" or "element" within a leaf
+    row_of: Int[np.ndarray, "L"]  # the row of each leaf; its group if `kind` is "whole"
     rows: int
-    axes: tuple[str, ...]  # along which each device holds a part, see `_axes`
+    axes: tuple[str, ...]  # mapped axes along which devices hold parts, see `_axes`
 
     def inner(self, x: Array, y: Array) -> Array:
-        """The inner products of a leaf's groups, in a shape that broadcasts with it."""
+        """Returns a leaf's inner products, in a shape that broadcasts with the leaf."""
         products = real_product(x, y)
         if self.kind == "element":
             return products
@@ -77,7 +78,8 @@ class Groups(NamedTuple):
         """Measures the protected gradient `m` and the regularizer's, `strength * r`.
 
         Returns:
-          One Gram matrix `[G]` of all groups of whole leaves, or one for each leaf.
+          A list of one `Gram` with shape `[G]` for groups of whole leaves; else of one
+          `Gram` for each leaf.
         """
         if not m:
             return []
@@ -88,8 +90,8 @@ class Groups(NamedTuple):
         grams = [Gram(*x) for x in zip(mm, mr, rr)]
         if self.kind == "whole":
             grams = [Gram(*self._by_row([mm, mr, rr], pairs))]
-        by = jnp.asarray(strength, grams[0].gg.dtype)
-        return [Gram(x.gg, by * x.gr, by * (by * x.rr)) for x in grams]
+        s = jnp.asarray(strength, grams[0].gg.dtype)
+        return [Gram(x.gg, s * x.gr, s * (s * x.rr)) for x in grams]
 
     def contribution(
         self,
@@ -98,12 +100,15 @@ class Groups(NamedTuple):
         r: list[Array],
         strength: Float[Array, ""],
     ) -> list[Array]:
-        """The regularizer's part of the update: `c.g * m + c.r * strength * r`."""
+        """Returns the regularizer's part: `c.g * m + c.r * strength * r`."""
         c = [Coefficients(each.g, _times(each.r, strength)) for each in c]
         if self.kind == "whole" and m:
-            of_m, of_r = map(computed_once, c[0])
-            c = [Coefficients(of_m[i], of_r[i]) for i in self.row_of]
-        return [_added(_times(of.g, x), _times(of.r, y)) for of, x, y in zip(c, m, r)]
+            c_m, c_r = map(computed_once, c[0])
+            c = [Coefficients(c_m[i], c_r[i]) for i in self.row_of]
+        return [
+            _sum_or_zero(_times(c_leaf.g, x), _times(c_leaf.r, y))
+            for c_leaf, x, y in zip(c, m, r)
+        ]
 
     def record(
         self,
@@ -113,14 +118,14 @@ class Groups(NamedTuple):
         r: list[Array],
         before: Measured,
     ) -> Measured:
-        """Sums up what an update measured, row by row.
+        """Sums Gram matrices and contributions of an update, row by row.
 
         Args:
-          grams: as `measure` returns them.
-          c: what the rule added in each group, before a bound.
+          grams: the result of `measure`.
+          c: coefficients of the rule in each group, before a bound.
           m: the protected gradient, for its shapes and types.
-          r: the regularizer's, for the same.
-          before: what the last update recorded.
+          r: the regularizer's gradient, for its shapes and types.
+          before: record of the last update.
         """
         if not m:
             return before
@@ -138,17 +143,17 @@ class Groups(NamedTuple):
             columns.append([jnp.where(x.gr < 0, n, 0) for x, n in zip(grams, width)])
             leaves = [[jnp.sum(x) for x in column] for column in columns]
             sums = self._by_row(leaves, pairs)
-        is_whole = jnp.all(finite(Gram(*sums[:3])))
+        all_finite = jnp.all(finite(Gram(*sums[:3])))
         return Measured(
             jnp.stack([x.astype(jnp.float32) for x in sums]),
             jnp.asarray(size),
-            before.skipped + jnp.where(is_whole, 0, 1),
+            before.skipped + jnp.where(all_finite, 0, 1),
         )
 
     def _by_row(
         self, columns: Sequence[Sequence[Array]], pairs: Sequence[tuple[Array, Array]]
     ) -> list[Float[Array, "rows"]]:
-        """Sums numbers of leaves by row, and over devices: one collective."""
+        """Sums numbers of leaves by row and over devices, in one collective."""
         copies = _axes.copies(pairs, self.axes)
         joined = []
         for column in columns:
@@ -158,19 +163,19 @@ class Groups(NamedTuple):
             zero = jnp.zeros_like(column[0])
             sums = [jnp.sum(jnp.stack(row)) if row else zero for row in rows]
             joined.append(jnp.stack(sums))
-        return _axes.add(joined, self.axes)
+        return _axes.sum_over_devices(joined, self.axes)
 
 
 def groups_of(
     scope: Scope, leaves: AlignedLeaves, params: PyTree, axes: tuple[str, ...]
 ) -> Groups:
-    """Finds the groups of the leaves that take part.
+    """Returns the groups of the leaves that take part.
 
     Args:
       scope: as in `dtnh`.
-      leaves: those that take part.
-      params: what labels are a function of.
-      axes: along which each device holds a part.
+      leaves: the leaves that take part.
+      params: the parameters, for labels that are a function of them.
+      axes: mapped axes along which each device holds a part.
     """
     places = np.array(leaves.places, int)
     count = len(flatten(leaves.tree)[0])
@@ -185,7 +190,7 @@ def groups_of(
 
 
 def check_scope(scope: Any) -> None:
-    """Raises ValueError for a name that is no scope, TypeError for no scope at all."""
+    """Raises ValueError for an unknown name, TypeError for a value of another type."""
     if isinstance(scope, str) and scope not in NAMED_SCOPES:
         raise ValueError(
             f"`scope` must be one of {', '.join(NAMED_SCOPES)}, or a tree of labels, "
@@ -198,28 +203,30 @@ def check_scope(scope: Any) -> None:
 
 
 def coefficients(rule: Rule, gram: Gram) -> Coefficients:
-    """What a rule adds to the loss gradient; nothing where sums are not finite."""
+    """Returns the coefficients of a rule, zero in groups whose sums are not finite."""
     is_finite = finite(gram)
-    return Coefficients(*[jnp.where(is_finite, x, 0) for x in answer(rule, gram)])
+    return Coefficients(
+        *[jnp.where(is_finite, x, 0) for x in rule_coefficients(rule, gram)]
+    )
 
 
 def finite(gram: Gram) -> Bool[Array, "*groups"]:
-    """Whether a group can be resolved."""
+    """Returns whether all inner products of a group are finite."""
     return jnp.isfinite(gram.gg) & jnp.isfinite(gram.gr) & jnp.isfinite(gram.rr)
 
 
 def squared_norm(c: Coefficients, gram: Gram) -> Array:
-    """`||c.g * m + c.r * r||^2`, zero where the two cancel but for rounding."""
-    of_m, of_r = c.g * (c.g * gram.gg), c.r * (c.r * gram.rr)
-    square = of_m + of_r + 2 * c.g * (c.r * gram.gr)
-    return jnp.where(square > _ROUNDING * (of_m + of_r), square, 0)
+    """Returns `||c.g * m + c.r * r||^2`, or 0 if the two cancel except for rounding."""
+    squares = c.g * (c.g * gram.gg) + c.r * (c.r * gram.rr)
+    square = squares + 2 * c.g * (c.r * gram.gr)
+    return jnp.where(square > _ROUNDING * squares, square, 0)
 
 
 def matched(rule: Rule, gram: Gram) -> Coefficients:
-    """As `coefficients`, of a loss gradient that is scaled to the length of `r`."""
-    by = ratio(root(gram.rr), root(gram.gg))
-    c = coefficients(rule, Gram(by * (by * gram.gg), by * gram.gr, gram.rr))
-    return Coefficients(by * c.g, c.r)
+    """Returns the coefficients for a loss gradient scaled to the length of `r`."""
+    scale = ratio(safe_sqrt(gram.rr), safe_sqrt(gram.gg))
+    c = coefficients(rule, Gram(scale * (scale * gram.gg), scale * gram.gr, gram.rr))
+    return Coefficients(scale * c.g, c.r)
 
 
 def clipped(
@@ -230,15 +237,16 @@ def clipped(
 ) -> list[Coefficients]:
     """Scales contributions down to `max_ratio` times the protected gradient's norm.
 
-    Where its two summands cancel, a norm is known no better than to rounding: a bound
-    that trusted a smaller value would let a huge regularizer's rounding through. So
-    norms err on the large side.
+    If the two summands of a contribution cancel, rounding errors dominate its norm. A
+    norm that is computed too small would let the rounding error of a huge regularizer
+    through, so norms are rounded up.
 
     Args:
-      c: what the rule adds in each group.
-      grams: of the protected gradient and the regularizer's.
+      c: coefficients of the rule in each group.
+      grams: Gram matrices of the protected gradient and the regularizer's.
       max_ratio: the bound, or None for no bound.
-      longest: of what norms are compared with, if not the protected gradient.
+      longest: Gram matrices whose `gg` is compared with, in place of the protected
+        gradient's.
     """
     if max_ratio is None:
         return c
@@ -246,8 +254,9 @@ def clipped(
     def of_group(c: Coefficients, gram: Gram, longest: Gram) -> Coefficients:
         squares = c.g * (c.g * gram.gg) + c.r * (c.r * gram.rr)
         square = squares + 2 * c.g * (c.r * gram.gr)
-        norm = root(jnp.maximum(square + _ROUNDING * squares, _UNCERTAIN * squares))
-        limit = max_ratio.astype(norm.dtype) * root(longest.gg)
+        high = jnp.maximum(square + _ROUNDING * squares, _RELATIVE_ERROR * squares)
+        norm = safe_sqrt(high)
+        limit = max_ratio.astype(norm.dtype) * safe_sqrt(longest.gg)
         factor = jnp.where(norm > limit, ratio(limit, norm), 1)
         return Coefficients(c.g * factor, c.r * factor)
 
@@ -255,24 +264,24 @@ def clipped(
 
 
 def real_product(x: Array, y: Array) -> Array:
-    """The summands of the inner product: of complex numbers, the real part."""
+    """Returns the summands of the inner product; for complex numbers, the real part."""
     if jnp.iscomplexobj(x) or jnp.iscomplexobj(y):
         return jnp.real(x) * jnp.real(y) + jnp.imag(x) * jnp.imag(y)
     return x * y
 
 
-def root(square: Array) -> Array:
-    """The square root, with a derivative of 0 at 0, where that of a norm has none."""
+def safe_sqrt(square: Array) -> Array:
+    """Returns the square root, with a derivative of 0 at 0 instead of infinity."""
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
 
 def _times(c: Array, x: Array) -> Array:
-    """A product in which 0 takes nothing, even of what is not finite."""
+    """Returns `c * x`, and 0 where `c` is 0 even if `x` is not finite."""
     return jnp.where(c == 0, jnp.zeros_like(x), c.astype(x.dtype) * x)
 
 
-def _added(of_m: Array, of_r: Array) -> Array:
-    """A sum with an exact zero where the two cancel but for rounding."""
-    part = of_m + of_r
-    rounding = _ROUNDING * (jnp.abs(of_m) + jnp.abs(of_r))
-    return jnp.where(jnp.abs(part) <= rounding, jnp.zeros_like(part), part)
+def _sum_or_zero(x: Array, y: Array) -> Array:
+    """Returns `x + y`, and exactly 0 where the two cancel except for rounding."""
+    total = x + y
+    rounding = _ROUNDING * (jnp.abs(x) + jnp.abs(y))
+    return jnp.where(jnp.abs(total) <= rounding, jnp.zeros_like(total), total)

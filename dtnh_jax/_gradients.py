@@ -1,4 +1,4 @@
-"""Two gradients from one forward pass."""
+"""`value_and_gradient_pair`: two gradients from one forward pass."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ class GradientPair(NamedTuple):
     """The gradients of a loss and of a regularizer, before the latter's strength.
 
     A pytree, so it can be averaged over devices, donated or differentiated like any
-    gradient. `dtnh_jax.dtnh` and its kin take it in place of the gradient.
+    gradient. The transformations of this library take it in place of the gradient.
 
     Attributes:
       loss: gradient of the empirical loss, a tree like the parameters.
@@ -26,8 +26,8 @@ class GradientPair(NamedTuple):
     loss: PyTree
     regularizer: PyTree
 
-    # Flax's `TrainState` looks for what its layers in 8 bits put among the gradients,
-    # new scales, and takes the gradients apart there.
+    # Flax's `TrainState` indexes the gradients by string, to take out the new scales of
+    # its 8-bit layers.
 
     def __contains__(self, key: object) -> bool:
         if isinstance(key, str):
@@ -50,24 +50,24 @@ def value_and_gradient_pair(
 ) -> Callable[..., tuple[Any, GradientPair]]:
     """Differentiates a loss and a regularizer that share a forward pass.
 
-    The forward pass is linearized once, and its linear map is transposed for each
-    output by itself. Compared with two calls of `jax.grad` this saves a forward pass;
-    compared with one `jax.vjp` and two one-hot cotangents it saves the products with
-    zeros, because the transpose for one output visits only what that output needs.
+    The forward pass is linearized once, and its linear map is transposed separately for
+    each output. Compared with two calls of `jax.grad`, this saves a forward pass.
+    Compared with one `jax.vjp` and two one-hot cotangents, it saves products with
+    zeros: the transpose for one output contains only the operations of that output.
 
     Args:
       objective: maps `(params, *args)` to `(loss, regularizer)`, or with `has_aux` to
         `((loss, regularizer), aux)`. The loss is a scalar; the regularizer is a
-        scalar, or a dict of scalars by name. The regularizer is without its strength.
-      has_aux: whether `objective` returns auxiliary data too, such as new batch
-        statistics. They come from the one forward pass and are not differentiated.
+        scalar, or a dict of scalars by name, not yet multiplied by its strength.
+      has_aux: whether `objective` also returns auxiliary data, such as new batch
+        statistics. They come from the shared forward pass and are not differentiated.
 
     Returns:
       A function of `(params, *args)` that returns `((loss, regularizer), pair)`, or
       with `has_aux` `(((loss, regularizer), aux), pair)`.
 
     Raises:
-      TypeError: on calling, if `objective` does not return a pair of scalars.
+      TypeError: at the call, `objective` does not return a pair of scalars.
 
     Example:
       >>> def objective(params, x):
@@ -80,32 +80,37 @@ def value_and_gradient_pair(
     linearize = linearized(objective, has_aux)
 
     def value_and_pair(params, *args, **kwargs):
-        at = linearize(params, *args, **kwargs)
-        _, regularizer = at.values
+        evaluated = linearize(params, *args, **kwargs)
+        _, regularizer = evaluated.values
         if isinstance(regularizer, dict):
-            of_regularizer = {
-                name: at.tree(at.gradient(lambda out, name=name: out[1][name]))
+            r = {
+                name: evaluated.tree(
+                    evaluated.gradient(lambda out, name=name: out[1][name])
+                )
                 for name in regularizer
             }
         else:
-            of_regularizer = at.tree(at.gradient(lambda out: out[1]))
-        of_loss = at.tree(at.gradient(lambda out: out[0]))
-        pair = GradientPair(of_loss, of_regularizer)
-        return ((at.values, at.aux) if has_aux else at.values), pair
+            r = evaluated.tree(evaluated.gradient(lambda out: out[1]))
+        g = evaluated.tree(evaluated.gradient(lambda out: out[0]))
+        pair = GradientPair(g, r)
+        return (
+            (evaluated.values, evaluated.aux) if has_aux else evaluated.values
+        ), pair
 
     return value_and_pair
 
 
 class Linearized(NamedTuple):
-    """An objective at some parameters, after its forward pass."""
+    """The values of an objective, and functions that compute its gradients."""
 
     values: tuple[Any, Any]  # loss and regularizer
     aux: Any
-    # Takes a linear function of the two values to a scalar, such as one of them, and
-    # returns its gradient with one backward pass: of the leaves that can be trained.
+    # Maps a function that selects a scalar from the two values, or combines them
+    # linearly, to the gradient of that scalar: a list of the trainable leaves, computed
+    # with one backward pass.
     gradient: Callable[[Callable[[Any], Any]], list[Array]]
-    tree: Callable[[list[Array]], PyTree]  # of such a list, like the parameters
-    leaves: Callable[[PyTree], list[Array]]  # the inverse
+    tree: Callable[[list[Array]], PyTree]  # such a list -> a tree like the parameters
+    leaves: Callable[[PyTree], list[Array]]  # the inverse of `tree`
 
 
 def linearized(
@@ -150,12 +155,12 @@ def linearized(
 
 
 def _is_inexact(leaf) -> bool:
-    """Whether a leaf can be trained: floating or complex, not integer."""
+    """Returns whether a leaf can be trained: floating or complex, not integer."""
     return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
 def _split_outputs(outputs, has_aux: bool):
-    """Returns `(loss, regularizer), aux`, or says what the objective should return."""
+    """Returns `(loss, regularizer), aux`; raises TypeError for another structure."""
     wanted = "((loss, regularizer), aux)" if has_aux else "(loss, regularizer)"
     message = f"`objective` must return {wanted} of scalars"
     if not (isinstance(outputs, tuple) and len(outputs) == 2):
@@ -176,5 +181,5 @@ def _split_outputs(outputs, has_aux: bool):
 
 
 def _as_inexact(value) -> Array:
-    """A term that does not depend on the parameters may be a plain number."""
+    """Returns a term as a floating array; a constant term may be a plain number."""
     return jnp.asarray(value, None if _is_inexact(value) else jnp.float32)

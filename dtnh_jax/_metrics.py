@@ -1,4 +1,4 @@
-"""What the last update measured, read from an optimizer's state: cosines, conflicts."""
+"""Conflict metrics of the last update, read from an optimizer's state."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,23 +9,23 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from dtnh_jax import _trees
-from dtnh_jax._geometry import Measured, real_product, root
+from dtnh_jax._geometry import Measured, real_product, safe_sqrt
 from dtnh_jax.rules._gram import ratio
 
 
 def conflict_metrics(
     opt_state: optax.OptState, *, per_group: bool = False
 ) -> dict[str, Any]:
-    """What the last update saw and did, from wherever it is in an optimizer's state.
+    """Returns the conflict metrics of the last update, found anywhere in a state.
 
     Args:
-      opt_state: state of any optimizer with one of this library's transformations in
-        it: chained, masked, partitioned, accumulated, with injected hyperparameters,
-        or NNX's.
-      per_group: return the metrics of each group: one at global scope; each leaf's
-        `[leaves]` at scopes `"leaf"`, `"unit"` and `"element"`, in the order of the
-        leaves of the parameters, and zero for those that take no part; each label's
-        `[labels]`, in sorted order, where the scope is labels.
+      opt_state: state of an optimizer that contains a transformation of this library:
+        chained, masked, partitioned, accumulated, with injected hyperparameters, or
+        NNX's.
+      per_group: return arrays with the metrics of each group: one entry at global
+        scope; `[leaves]` at scopes `"leaf"`, `"unit"` and `"element"`, in the order of
+        the parameters' leaves, with zeros for leaves that take no part; `[labels]`, in
+        sorted order, if the scope is labels.
 
     Returns:
       Scalars by name:
@@ -33,17 +33,17 @@ def conflict_metrics(
         `conflict`, the share of the parameters that are in groups in conflict;
         `loss_norm`, the norm of the protected gradient: the loss gradient, or with
         `ema_decay` its moving average, or the held-out gradient;
-        `regularizer_norm`, that of the regularizer's, times its strength;
-        `removed`, the share of the regularizer's norm that the rule took away;
-        `trust`, of `never_hurt` alone: the share of the loss gradient's usual length
-        that the regularizer's part may have;
-        `skipped`, how many updates so far left out a regularizer gradient, or a group
-        of it, because a sum was not finite (not with `per_group`).
+        `regularizer_norm`, the norm of the regularizer's gradient times its strength;
+        `removed`, the share of that norm that the rule removed;
+        `trust`, only of `never_hurt`: the largest norm of the regularizer's part, as a
+        multiple of the loss gradient's mean norm;
+        `skipped`, the number of updates so far that left out a regularizer gradient, or
+        a group of it, because a sum was not finite (not with `per_group`).
       With several regularizers, a dict of these by their names. With several
-      transformations, as in `optax.partition`, a dict of these by their place.
+      transformations, as in `optax.partition`, a dict of these by their path.
 
     Raises:
-      ValueError: if there is no such transformation in the state.
+      ValueError: the state has no such transformation.
 
     Example:
       >>> from dtnh_jax import GradientPair, dtnh
@@ -70,7 +70,7 @@ def conflict_metrics(
 
 
 def _derived(measured: Measured, per_group: bool) -> dict[str, Any]:
-    """The metrics of one regularizer; only their shapes, of an abstract state."""
+    """Returns the metrics of one regularizer; for an abstract state, their shapes."""
     is_abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in measured)
     if is_abstract:
         return jax.eval_shape(lambda m: _metrics(m, per_group), measured)
@@ -83,12 +83,12 @@ def _metrics(measured: Measured, per_group: bool) -> dict[str, Any]:
         sums, size = jnp.sum(sums, axis=-1), jnp.sum(size, axis=-1)
     axis = sums.ndim - 1 - per_group  # states may be a batch
     mm, mr, rr, part, conflicting = jnp.unstack(sums, axis=axis)
-    loss_norm, regularizer_norm = root(mm), root(rr)
+    loss_norm, regularizer_norm = safe_sqrt(mm), safe_sqrt(rr)
     cosine = ratio(ratio(mr, loss_norm), regularizer_norm)
-    removed = 1 - ratio(root(part), regularizer_norm)
+    removed = 1 - ratio(safe_sqrt(part), regularizer_norm)
     removed = jnp.where(regularizer_norm > 0, jnp.clip(removed, 0, 1), 0)
     metrics = {
-        # Of what is not finite the norms tell; a log of the rest stays readable.
+        # Norms show values that are not finite; the other metrics stay readable.
         "cosine": jnp.clip(jnp.where(jnp.isfinite(cosine), cosine, 0), -1, 1),
         "conflict": ratio(conflicting, size),
         "loss_norm": loss_norm,
@@ -101,29 +101,29 @@ def _metrics(measured: Measured, per_group: bool) -> dict[str, Any]:
 
 
 def regularizer_names(opt_state: optax.OptState) -> list[str]:
-    """Names of the regularizers in an optimizer's state, none where one is unnamed."""
+    """Returns the names of the regularizers in a state; none if there is one only."""
     return sorted({name for _, name, _ in _find(opt_state)} - {""})
 
 
 def first_order_harm(
     loss_grads: PyTree, updates: PyTree, updates_without: PyTree
 ) -> Float[Array, ""]:
-    """How much the regularizer's part of an update raises the loss to first order.
+    """Returns how much the regularizer's part raises the loss, to first order.
 
-    It is `<g, updates - updates_without>`, summed in float32: above 0 where the
-    regularizer works against the loss, and below 0 where it helps.
+    It is `<g, updates - updates_without>`, summed in float32: positive if the
+    regularizer raises the loss, negative if it lowers it.
 
     Args:
       loss_grads: gradient `g` of the loss, on this batch or another.
-      updates: what is added to the parameters.
-      updates_without: what would be added without the regularizer: of the same
-        optimizer, in the same state, from the loss gradient alone.
+      updates: updates of the optimizer, to be added to the parameters.
+      updates_without: updates of the same optimizer, in the same state, from the loss
+        gradient alone.
 
     Returns:
       A scalar in float32, in units of the loss.
 
     Raises:
-      ValueError: if the trees do not match.
+      ValueError: the trees do not match.
 
     Example:
       >>> g = jnp.array([1.0, 0.0])
@@ -131,7 +131,7 @@ def first_order_harm(
       0.3
 
     References:
-      The test of Tian et al., 2024, https://arxiv.org/abs/2411.01713, in update space.
+      Tian et al., 2024, https://arxiv.org/abs/2411.01713: the same test, for gradients.
     """
     grads = _trees.flatten(loss_grads)[0]
     columns = [
@@ -148,7 +148,7 @@ def first_order_harm(
 
 
 def _find(opt_state: optax.OptState) -> Iterator[tuple[str, str, Measured]]:
-    """Yields each transformation's place, each regularizer's name, what it measured."""
+    """Yields path, regularizer's name and sums of every transformation in a state."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=_is_measured)
     for path, value in leaves:
         if isinstance(value, Measured):
@@ -167,5 +167,5 @@ def _name(key: Any) -> str:
 
 
 def _plain(entry: Any) -> Any:
-    """An array, or its shape where the state is abstract; out of NNX's variables."""
+    """Returns the value of an NNX variable; any other entry unchanged."""
     return entry.get_value() if hasattr(entry, "get_value") else entry

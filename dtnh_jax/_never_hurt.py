@@ -1,4 +1,4 @@
-"""`never_hurt`: a regularizer that is trusted as far as held-out examples say."""
+"""`never_hurt`: bounds a regularizer's gradient by a trust from held-out examples."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -9,23 +9,29 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from dtnh_jax import rules
-from dtnh_jax._arguments import Options, Strength, at, check_number, checked_options
+from dtnh_jax._arguments import (
+    Options,
+    Strength,
+    check_number,
+    checked_options,
+    value_at,
+)
 from dtnh_jax._axes import AxisName
-from dtnh_jax._geometry import Measured, finite, groups_of, root
+from dtnh_jax._geometry import Measured, finite, groups_of, safe_sqrt
 from dtnh_jax._resolve import ConflictState, init_state, resolve
-from dtnh_jax._trees import Mask, aligned, given
+from dtnh_jax._trees import Mask, aligned, split_updates
 from dtnh_jax.regularizers.weights import WeightRegularizer
 from dtnh_jax.rules._gram import Coefficients, Gram, ratio
 
-# Of trust that is learned: where it starts, and between what it stays.
+# Learned trust: its first value, its minimum and its maximum.
 START, FLOOR, CAP = 0.03, 0.01, 3.0
-# The agreement's moving average; how far one step moves the logarithm of trust, and
-# the agreement at which it moves by three quarters of that.
-_DECAY, _STEP, _CLEAR = 0.9, 0.4, 1 / 30
+# Decay of the moving average of the agreement; the largest change of the logarithm of
+# trust in a step; the agreement at which that change is three quarters of the largest.
+_AGREEMENT_DECAY, _LARGEST_STEP, _CLEAR_AGREEMENT = 0.9, 0.4, 1 / 30
 
 
 class NeverHurtState(NamedTuple):
-    """State of `never_hurt`: scalars; those of a regularizer in a dict by name."""
+    """State of `never_hurt`: scalars; with several regularizers, dicts by name."""
 
     # Updates so far with a finite loss gradient.
     step: Int[Array, ""]
@@ -48,52 +54,53 @@ def never_hurt(
     mask: Mask | None = None,
     axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adds a regularizer's gradient, scaled to a share of the loss gradient: its trust.
+    """Adds a regularizer's gradient, at most `trust` times the loss gradient's norm.
 
     With `g` the loss gradient and `r` that of the regularizer times its strength, the
     update is
 
     `g + min(1, trust * mean(||g||) / max(||r||)) * r`,
 
-    where the mean and the maximum are over the steps so far. So the part of the
-    regularizer has at most `trust` times the usual length of the loss gradient, however
-    large the strength: a strength that is too large does what a good one does. There is
-    no projection, because a regularizer that generalizes must often work against the
-    loss on the training examples.
+    where the mean and the maximum are over the steps so far. The regularizer's part is
+    at most `trust` times as long as the mean loss gradient, whatever the strength: a
+    strength that is too large acts like a good one. Nothing is projected, because a
+    regularizer that generalizes must often oppose the loss on the training examples.
 
-    Only held-out examples can tell how far to trust it. There are two ways:
+    Only held-out examples can tell how far to trust the regularizer. There are two
+    ways to use them:
 
-    - **Few examples**: give `trust` what `choose_trust` finds by cross-validation: 1 or
-      0, to trust it or not. With 1 the regularizer's part is as long as the loss
-      gradient at most.
+    - **Few examples**: set `trust` to the choice of `choose_trust`, which
+      cross-validates: 1 to use the regularizer, 0 to do without it.
     - **Many examples, one pass**: leave `trust` out and pass `held_out_grads`, the
       gradient of a loss on examples that are not trained on, at every step or every
-      few. Trust rises while the moving average of its cosine with `r` is above 0, and
-      falls while it is below, between 0.01 and 3. For classifiers take the gradient of
-      `regularizers.expected_error`. Until some are given, trust is 0.03, with which a
-      regularizer can neither hurt nor help much.
+      few steps. Trust rises while the moving average of the cosine of that gradient
+      and `r` is above 0, and falls while it is below 0, between 0.01 and 3. For
+      classifiers, use the gradient of `regularizers.expected_error`. Before the first
+      such gradient, trust is 0.03: the regularizer can neither hurt nor help much.
 
-    The state is a few scalars (and, for a self-anchored regularizer, its anchor).
+    The state is a few scalars, and the anchor of a self-anchored regularizer.
 
     Args:
-      strength: the most that a regularizer's gradient is multiplied by, at least 0: a
-        number, a schedule of the step, or a dict of these by the names of several
-        regularizers. Too small a strength leaves trust nothing to choose from: take a
-        hundred times the usual one.
-      regularizer: of the weights, or a dict of several by the names of `strength`.
-        Then updates are plain gradients of the loss, and `params` are needed. Without
-        one, updates are a `GradientPair`, or `regularizer_grads` is given.
-      trust: a level for all steps, at least 0, or a schedule; None to learn it.
+      strength: the largest factor of the regularizer's gradient, at least 0: a number,
+        a schedule of the step, or a dict of these by the names of several
+        regularizers. With too small a strength the bound has no effect: take a
+        hundred times the usual strength.
+      regularizer: a regularizer of the weights, or a dict of several by the names of
+        `strength`. With it, updates are plain gradients of the loss and `update` needs
+        `params`. Without it, updates are a `GradientPair`, or `update` also takes
+        `regularizer_grads`.
+      trust: the largest ratio of the regularizer's part to the mean loss gradient, at
+        least 0: a number or a schedule of the step. None learns it.
       mask: as in `dtnh`.
       axis_name: as in `dtnh`.
 
     Returns:
-      A transformation that gives gradients: an optimizer comes after it.
-      `conflict_metrics` shows `trust` beside the other metrics.
+      A transformation of gradients; chain an optimizer after it. `conflict_metrics`
+      reports `trust` beside the other metrics.
 
     Raises:
-      ValueError: for values that are out of range or trees that do not match.
-      TypeError: for arguments of another kind.
+      ValueError: a value is out of range, or trees do not match.
+      TypeError: an argument has the wrong type.
 
     Example:
       >>> from dtnh_jax import never_hurt
@@ -105,10 +112,10 @@ def never_hurt(
       >>> updates, state = tx.update({"w": jnp.array([0.1, -0.2])}, state, params)
 
     References:
-      Bounds by the size of the main gradient: He et al., 2022, "MetaBalance",
+      Bound by the norm of the main gradient: He et al., 2022, "MetaBalance",
       https://arxiv.org/abs/2203.06801. Weights learned from agreement with held-out
       gradients: Lin et al., 2019, https://arxiv.org/abs/1910.12795. The form of the
-      bound and its choice are this library's.
+      bound, and how `trust` is chosen, are this library's own.
     """
     if trust is not None:
         check_number("trust", trust, schedule=True)
@@ -141,7 +148,7 @@ def never_hurt(
         **extra_args,
     ):
         del extra_args
-        loss, gradients = given(
+        loss, gradients = split_updates(
             options, updates, regularizer_grads, params, state.anchor
         )
         measured = options.by_name(state.measured, "state.measured")
@@ -149,21 +156,24 @@ def never_hurt(
         agreement = options.by_name(state.agreement, "state.agreement")
         level = {name: x.trust for name, x in measured.items()}
         if trust is not None:
-            level = {name: at(trust, state.step) for name in level}
+            level = {name: value_at(trust, state.step) for name in level}
         elif held_out_grads is not None:
             cosines = _cosines(options, loss, gradients, held_out_grads, params)
             agreement = {
-                name: _DECAY * agreement[name] + (1 - _DECAY) * cosines[name]
+                name: _AGREEMENT_DECAY * agreement[name]
+                + (1 - _AGREEMENT_DECAY) * cosines[name]
                 for name in level
             }
-            level = {name: _moved(level[name], agreement[name]) for name in level}
+            level = {name: _next_trust(level[name], agreement[name]) for name in level}
         loss_norms = state.loss_norms
 
-        def ask(name: str, gram: Gram) -> Coefficients:
+        def coefficients_of(name: str, gram: Gram) -> Coefficients:
             nonlocal loss_norms
             is_finite = finite(gram)
-            g, r = (jnp.where(is_finite, root(x), 0)[0] for x in (gram.gg, gram.rr))
-            # Every regularizer sees the same `g`.
+            g, r = (
+                jnp.where(is_finite, safe_sqrt(x), 0)[0] for x in (gram.gg, gram.rr)
+            )
+            # `g` is the same for every regularizer.
             loss_norms = jnp.maximum(loss_norms, state.loss_norms + g)
             largest[name] = jnp.maximum(largest[name], r)
             limit = level[name] * loss_norms / (state.step + 1).astype(jnp.float32)
@@ -179,7 +189,7 @@ def never_hurt(
             loss,
             gradients,
             params,
-            ask=ask,
+            coefficients_of=coefficients_of,
         )
         measured = options.by_name(after.measured, "state.measured")
         measured = {n: x._replace(trust=level[n]) for n, x in measured.items()}
@@ -203,7 +213,7 @@ def _cosines(
     held_out_grads: optax.Updates,
     params: optax.Params | None,
 ) -> dict[str, Float[Array, ""]]:
-    """Returns the cosine of the held-out with each regularizer's gradient."""
+    """Returns the cosine of the held-out gradient and each regularizer's gradient."""
     params = loss if params is None else params
     first = {name: gradient() for name, gradient in gradients.items()}
     leaves = aligned(loss, list(first.values()), options.mask, params)
@@ -213,14 +223,17 @@ def _cosines(
         again = leaves.getter(gradient, "regularizer_grads")
         grams = groups.measure(h, again)
         found[name] = jnp.zeros([])
-        for gram in grams:  # one, or none where no leaf takes part
-            cosine = ratio(ratio(gram.gr, root(gram.gg)), root(gram.rr))[0]
+        for gram in grams:  # one, or none if the mask keeps no leaf
+            cosine = ratio(ratio(gram.gr, safe_sqrt(gram.gg)), safe_sqrt(gram.rr))[0]
             is_finite = finite(gram)[0] & jnp.isfinite(cosine)
             found[name] = jnp.where(is_finite, cosine, 0).astype(jnp.float32)
     return found
 
 
-def _moved(trust: Float[Array, ""], agreement: Float[Array, ""]) -> Float[Array, ""]:
-    """Returns the trust after a step in which gradients agreed so far."""
-    moved = jnp.log(trust) + _STEP * jnp.tanh(agreement / np.float32(_CLEAR))
-    return jnp.exp(jnp.clip(moved, np.float32(np.log(FLOOR)), np.float32(np.log(CAP))))
+def _next_trust(
+    trust: Float[Array, ""], agreement: Float[Array, ""]
+) -> Float[Array, ""]:
+    """Returns the trust of the next step, from the moving average of the cosine."""
+    change = _LARGEST_STEP * jnp.tanh(agreement / np.float32(_CLEAR_AGREEMENT))
+    low, high = np.float32(np.log(FLOOR)), np.float32(np.log(CAP))
+    return jnp.exp(jnp.clip(jnp.log(trust) + change, low, high))

@@ -1,4 +1,4 @@
-"""Resolution with one backward pass on most steps: weights are kept for some."""
+"""`refreshed_gradient`: reuses a rule's weights to save second backward passes."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -18,21 +18,21 @@ from dtnh_jax.rules._gram import Gram
 class RefreshState(NamedTuple):
     """State of `refreshed_gradient`."""
 
-    step: Int[Array, ""]  # refreshed or not, with a finite loss gradient
-    # Of loss and regularizer, as they were last measured; by name where there are
-    # several regularizers.
+    step: Int[Array, ""]  # steps of both kinds so far with a finite loss gradient
+    # Weights of loss and regularizer from the last `refresh`; a dict by name if there
+    # are several regularizers.
     weights: Float[Array, "2"] | dict[str, Float[Array, "2"]]
-    measured: Measured | dict[str, Measured]  # by the last step that measured
+    measured: Measured | dict[str, Measured]  # from the last `refresh`
 
 
 class RefreshedGradient(NamedTuple):
-    """What `refreshed_gradient` returns.
+    """The three functions of `refreshed_gradient`.
 
     Attributes:
       init: maps the parameters to a state.
       refresh: maps `(params, state, *args)` to values, gradient and state, with two
         backward passes.
-      reuse: the same with one.
+      reuse: the same, with one backward pass.
     """
 
     init: Callable[[optax.Params], RefreshState]
@@ -49,47 +49,49 @@ def refreshed_gradient(
 ) -> RefreshedGradient:
     """Resolves a regularizer of features or outputs with few second backward passes.
 
-    `refresh` takes the gradients `g` and `r` of both terms, resolves them as
-    `resolve_conflicts(rule, strength)` does, and keeps the rule's weights `w`. `reuse`
+    `refresh` computes the gradients `g` and `r` of both terms, resolves them like
+    `resolve_conflicts(rule, strength)`, and stores the rule's weights `w`. `reuse`
     needs one backward pass, that of
 
     `w[0] * loss + w[1] * strength * regularizer`.
 
-    Jit a step with each, and choose in the loop: `refresh` on every eighth step, say,
-    and on the first. Without a conflict `rules.dtnh` has the weights 1 and 1, and
-    nothing is approximated. Else the weights are some steps old, and the rule's
-    guarantee is about the gradients of that time. Where `g` was then much shorter than
-    `r`, `w[0]` is large, and so is the loss's part until both are measured again.
+    Jit a step with each, and choose between them in the loop: for example `refresh` on
+    the first and every eighth step. Without conflict, `rules.dtnh` has the weights 1
+    and 1, and `reuse` is exact. With conflict, the weights are some steps old, and the
+    rule's guarantee holds for the gradients of the last `refresh`. If `g` was then much
+    shorter than `r`, `w[0]` is large, and the loss keeps a large weight until the next
+    `refresh`.
 
-    There is only the global scope: weights of whole terms can stand in front of a
-    backward pass; weights that differ between leaves need each leaf's gradient of
-    the loss alone, which is the pass that is to be saved.
+    The only scope is the global one. Weights of whole terms can be applied before a
+    backward pass; weights that differ between leaves need the loss gradient of each
+    leaf, which is the pass that `reuse` saves.
 
-    A regularizer gradient that is not finite is left out of `refresh` and counted in
-    `conflict_metrics`, and the weights stay as they were: 1 and 0 until the first are
-    measured. In `reuse`, one backward pass cannot tell which of the terms made its
-    result not finite: it is returned as it is, for `optax.apply_if_finite` to see, as
-    is a loss gradient that is not finite. Metrics are those of the last `refresh`.
+    `refresh` leaves out a regularizer gradient that is not finite, counts it in
+    `conflict_metrics` and keeps the old weights, initially 1 and 0. A loss gradient
+    that is not finite passes through unchanged, so that `optax.apply_if_finite` can
+    reject it. In `reuse`, one backward pass does not show which term made its result
+    not finite, so the result also passes through. Metrics are those of the last
+    `refresh`.
 
-    Gradients are ready when this returns them, so in loops that are mapped over devices
-    the objective has to average both of its terms, by `jax.lax.pmean`.
+    The returned gradients are already resolved. So in loops that are mapped over
+    devices the objective must average both of its terms by `jax.lax.pmean`.
 
     Args:
       objective: maps `(params, *args)` to `(loss, regularizer)`, or with `has_aux` to
         `((loss, regularizer), aux)`, as for `value_and_gradient_pair`.
-      strength: factor of the regularizer, as in `dtnh`; schedules see every step.
-      rule: a rule of the whole gradients, see `dtnh_jax.rules`.
-      has_aux: whether `objective` returns auxiliary data too.
+      strength: factor of the regularizer, as in `dtnh`; schedules count every step.
+      rule: a rule for the whole gradients, see `dtnh_jax.rules`.
+      has_aux: whether `objective` also returns auxiliary data.
 
     Returns:
       Three functions. `init(params)` returns a state; `refresh(params, state, *args)`
       and `reuse(params, state, *args)` return `((loss, regularizer), gradient, state)`,
       or with `has_aux` `(((loss, regularizer), aux), gradient, state)`. The gradient is
-      resolved: it is for any optimizer, and for none of this library's transformations.
+      resolved: pass it to any optimizer, but not to this library's transformations.
 
     Raises:
-      ValueError: for values that are out of range.
-      TypeError: for arguments of another kind.
+      ValueError: a value is out of range.
+      TypeError: an argument has the wrong type.
 
     Example:
       >>> import jax
@@ -107,8 +109,8 @@ def refreshed_gradient(
       [2. 2.]
 
     References:
-      The rule: Wan et al., 2019, https://arxiv.org/abs/1911.07489. Weights of many
-      tasks that are kept for some steps: Navon et al., 2022,
+      The rule: Wan et al., 2019, https://arxiv.org/abs/1911.07489. Reusing the weights
+      of many tasks for some steps: Navon et al., 2022,
       https://arxiv.org/abs/2202.01017.
     """
     options = checked_options(rule, strength)
@@ -120,11 +122,12 @@ def refreshed_gradient(
         return RefreshState(state.step, options.join(weights), state.measured)
 
     def refresh(params, state, *args, **kwargs):
-        at = linearize(params, *args, **kwargs)
-        options.by_name(at.values[1], "regularizer")  # has it the names of `strength`?
-        loss = at.tree(at.gradient(lambda outputs: outputs[0]))
+        evaluated = linearize(params, *args, **kwargs)
+        options.by_name(evaluated.values[1], "regularizer")  # checks the names
+        loss = evaluated.tree(evaluated.gradient(lambda outputs: outputs[0]))
         gradients = {
-            name: at.tree(at.gradient(_term(name))) for name in options.strengths
+            name: evaluated.tree(evaluated.gradient(_term(name)))
+            for name in options.strengths
         }
         before = ConflictState(state.step, None, None, state.measured)
         leaves, part, after = resolve(
@@ -136,16 +139,16 @@ def refreshed_gradient(
         )
         g = leaves.pick(loss, "updates")
         gradient = leaves.restore([x + y for x, y in zip(g, part)])
-        seen = options.by_name(after.measured, "state.measured")
-        kept = options.by_name(state.weights, "state.weights")
-        weights = {name: _weights(rule, seen[name], kept[name]) for name in kept}
+        measured = options.by_name(after.measured, "state.measured")
+        old = options.by_name(state.weights, "state.weights")
+        weights = {name: _weights(rule, measured[name], old[name]) for name in old}
         state = RefreshState(after.step, options.join(weights), after.measured)
-        return values_of(at), gradient, state
+        return values_of(evaluated), gradient, state
 
     def reuse(params, state, *args, **kwargs):
-        at = linearize(params, *args, **kwargs)
+        evaluated = linearize(params, *args, **kwargs)
         kept = options.by_name(state.weights, "state.weights")
-        options.by_name(at.values[1], "regularizer")
+        options.by_name(evaluated.values[1], "regularizer")
 
         def combined(outputs):
             total = outputs[0] * (1 + sum(w[0] - 1 for w in kept.values()))
@@ -154,13 +157,13 @@ def refreshed_gradient(
                 total = total + factor * _term(name)(outputs)
             return total
 
-        leaves = at.gradient(combined)
+        leaves = evaluated.gradient(combined)
         is_finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in leaves]))
         step = jnp.where(is_finite, optax.safe_increment(state.step), state.step)
-        return values_of(at), at.tree(leaves), state._replace(step=step)
+        return values_of(evaluated), evaluated.tree(leaves), state._replace(step=step)
 
-    def values_of(at):
-        return (at.values, at.aux) if has_aux else at.values
+    def values_of(evaluated):
+        return (evaluated.values, evaluated.aux) if has_aux else evaluated.values
 
     def _term(name):
         return lambda outputs: options.by_name(outputs[1], "regularizer")[name]
@@ -169,10 +172,10 @@ def refreshed_gradient(
 
 
 def _weights(
-    rule: rules.Rule, measured: Measured, kept: Float[Array, "2"]
+    rule: rules.Rule, measured: Measured, old: Float[Array, "2"]
 ) -> Float[Array, "2"]:
-    """The weights of the two gradients, or those before where one is not finite."""
+    """Returns the weights of the two gradients; the old ones if a sum is not finite."""
     gram = Gram(*measured.sums[:3, 0])  # of the only group
     is_finite = finite(gram)
     safe = Gram(*[jnp.where(is_finite, x, 1) for x in (gram.gg, gram.gr, gram.rr)])
-    return jnp.where(is_finite, rule(safe).astype(kept.dtype), kept)
+    return jnp.where(is_finite, rule(safe).astype(old.dtype), old)

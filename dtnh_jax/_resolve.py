@@ -9,7 +9,7 @@ from jaxtyping import Array, Int, PyTree
 
 from dtnh_jax import rules
 from dtnh_jax._arguments import Number, Options, Strength, checked_options
-from dtnh_jax._axes import AxisName, check_parts, of_type
+from dtnh_jax._axes import AxisName, cast_like, check_parts
 from dtnh_jax._geometry import (
     Measured,
     Scope,
@@ -18,7 +18,7 @@ from dtnh_jax._geometry import (
     groups_of,
     unmeasured,
 )
-from dtnh_jax._trees import AlignedLeaves, Mask, aligned, given
+from dtnh_jax._trees import AlignedLeaves, Mask, aligned, split_updates
 from dtnh_jax.regularizers.weights import WeightRegularizer
 from dtnh_jax.rules._gram import Coefficients, Gram
 
@@ -28,10 +28,10 @@ class ConflictState(NamedTuple):
 
     # Updates so far with a finite protected gradient, as under `optax.apply_if_finite`.
     step: Int[Array, ""]
-    # The moving average of the protected gradient, from zero; None where none is kept.
+    # Moving average of the protected gradient, from zero; None without `ema_decay`.
     ema: PyTree
-    # Parameters at `init`, for a self-anchored regularizer; None elsewhere. Like
-    # `measured` a dict by name where there are several regularizers.
+    # Parameters at `init`, for a self-anchored regularizer; else None. With several
+    # regularizers this and `measured` are dicts by name.
     anchor: PyTree
     measured: Measured | dict[str, Measured]
 
@@ -45,57 +45,59 @@ def dtnh(
     mask: Mask | None = None,
     axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adds a regularizer's gradient, less the part of it that works against the loss.
+    """Adds a regularizer's gradient, without the component that opposes the loss.
 
     With `g` the gradient of the loss, `r` that of the regularizer and `strength` its
     factor, the update is
 
     `g + strength * (r - min(0, <g, r>) / ||g||^2 * g)`.
 
-    Where the two agree that is the gradient of `loss + strength * regularizer`; where
-    they conflict it is the nearest direction that lowers the loss as fast as `g`.
+    Without conflict, `<g, r> >= 0`, that is the gradient of
+    `loss + strength * regularizer`. With conflict it is the direction nearest to that
+    gradient which lowers the loss as fast as `g`, to first order.
 
-    Inner products are summed in float32, without an epsilon, and hold for norms from
-    1e-18 to 1e18; near the lower end, where devices flush squares of small entries to
-    zero, to four digits. A group whose sums overflow or are not finite
-    gets the loss gradient alone, and is counted as `skipped` in `conflict_metrics`. A
-    loss gradient that is not finite is passed on, for `optax.apply_if_finite` to see.
+    Inner products are summed in float32, without an epsilon, and are correct for norms
+    from 1e-18 to 1e18. Near the lower end they have four correct digits, because
+    devices flush squares of small entries to zero. A group whose sums overflow or are
+    not finite gets the loss gradient alone, and `conflict_metrics` counts it in
+    `skipped`. A loss gradient that is not finite passes through unchanged, so that
+    `optax.apply_if_finite` can reject it.
 
     Args:
       strength: factor of the regularizer, at least 0: a number, a schedule of the
         step, or a dict of these by the names of several regularizers.
-      scope: which parameters share one inner product: `"global"` (all, the paper),
-        `"leaf"`, `"unit"` (one output channel: all axes but the last), `"element"`, or
-        labels of the parameters, a tree or a function as `optax.partition` takes them.
-        A finer scope implies the guarantees of every coarser one.
+      scope: which parameters share one inner product: `"global"` (all, as in the
+        paper), `"leaf"`, `"unit"` (one output channel: sums over all axes except the
+        last), `"element"`, or labels of the parameters, as in `optax.partition`: a tree
+        or a function. A finer scope implies the guarantees of every coarser one.
       ema_decay: protect the moving average of the loss gradient with this decay per
         step, instead of the gradient of this mini-batch.
-      max_ratio: bound of the regularizer's part of the update, as a multiple of the
-        protected gradient's norm in the same group (at element scope, number by
-        number): a number or a schedule of the step. The part is all that is added to
-        the loss gradient; rules that shrink that gradient, such as `rules.mgda`, count
-        the shrinkage in it.
-      mask: a tree of bools, or a function of the parameters to one, as in
-        `optax.masked`. Leaves that are masked out get the loss gradient alone and take
-        no part in inner products. What a later transformation freezes should be masked
-        out here too: its gradients would count in inner products and norms.
+      max_ratio: the largest norm of the regularizer's part of the update, as a multiple
+        of the protected gradient's norm in the same group (at element scope, of each
+        entry): a number or a schedule of the step. The part is the update minus the
+        loss gradient, so it includes the shrinkage by rules that shrink the loss
+        gradient, such as `rules.mgda`.
+      mask: a tree of bools, or a function from the parameters to one, as in
+        `optax.masked`. Masked-out leaves get the loss gradient alone and take no part
+        in inner products. Also mask out the parameters that a later transformation
+        freezes: their gradients would count in inner products and norms.
       axis_name: name of a mapped axis, or a tuple of names, along which each device
         holds a PART of the parameters and of both gradients (fully sharded or tensor
-        parallel), in loops under `jax.shard_map`, `jax.pmap` or `jax.vmap`. Inner
-        products are then summed over it, see `resolve_conflicts`. Leave it out where
-        every device has all parameters and gradients of its own part of the batch (data
-        parallel): average these with `jax.lax.pmean` first. Leave it out under jit with
-        sharded arrays, too: there the compiler does this.
+        parallel), under `jax.shard_map`, `jax.pmap` or `jax.vmap`. Inner products are
+        then summed over that axis, see `resolve_conflicts`. Leave it out if every
+        device holds all parameters and the gradients of its own examples (data
+        parallel): average those gradients with `jax.lax.pmean` first. Also leave it out
+        under jit with sharded arrays: there the compiler adds the sums.
 
     Returns:
-      A transformation of a `GradientPair`, or of the loss gradient with the other one
-      as the keyword `regularizer_grads`. It returns a tree like the loss gradient. With
-      the keyword `held_out_grads`, a gradient of the loss on examples held out from
-      training, that gradient is protected instead of the loss's.
+      A transformation of a `GradientPair`, or of the loss gradient with the
+      regularizer's as the keyword `regularizer_grads`. Its updates are a tree like the
+      loss gradient. The keyword `held_out_grads`, a gradient of the loss on examples
+      held out from training, is protected in place of the loss gradient.
 
     Raises:
-      ValueError: for values that are out of range or trees that do not match.
-      TypeError: for arguments of another kind.
+      ValueError: a value is out of range, or trees do not match.
+      TypeError: an argument has the wrong type.
 
     Example:
       >>> import jax.numpy as jnp
@@ -104,7 +106,7 @@ def dtnh(
       >>> params = jnp.zeros(2)
       >>> g, r = jnp.array([1.0, 0.0]), jnp.array([-1.0, 2.0])
       >>> updates, state = tx.update(GradientPair(g, r), tx.init(params), params)
-      >>> print(updates)  # what `r` had against `g` is gone, the rest is kept
+      >>> print(updates)  # the component of `r` against `g` is gone, the rest is kept
       [-1. -2.]
 
     References:
@@ -133,22 +135,22 @@ def resolve_conflicts(
 ) -> optax.GradientTransformationExtraArgs:
     """Adds a regularizer's gradient to the loss gradient, as far as `rule` allows.
 
-    With `m` the protected gradient (that of the loss, `g`, its moving average, or a
-    held-out one) and `r` the regularizer's gradient times `strength`, the update is
-    `g + (w[0] - 1) * m + w[1] * r`, where `w = rule(G)` and `G` is the Gram matrix of
-    `(m, r)` in each group of `scope`. Several regularizers are resolved each on its
-    own and then added.
+    Let `m` be the protected gradient: the loss gradient `g`, its moving average, or a
+    held-out gradient. Let `r` be the regularizer's gradient times `strength`. The
+    update is `g + (w[0] - 1) * m + w[1] * r`, where `w = rule(G)` and `G` is the Gram
+    matrix of `(m, r)` in each group of `scope`. With several regularizers, each is
+    resolved separately, and their parts are summed.
 
-    Average gradients over devices and micro-batches before this transformation, clip
-    them after it: rules are not linear.
+    Rules are not linear. Average gradients over devices and micro-batches before this
+    transformation, and clip them after it.
 
-    With `axis_name`, all sums of a regularizer are reduced in one collective. Metrics
-    are of the whole gradients. At scope `"unit"` a unit is what a device holds of it:
-    cut leaves along their last axis to have whole ones, else the scope is a finer one.
-    Leaves that all devices hold alike, such as small biases, count once in
-    `jax.shard_map`, where types tell. With `check_vma=False`, in `jax.pmap` and in
-    `jax.vmap` nothing tells, and they count once for each device: mask them out there,
-    or let `scope` keep them apart.
+    With `axis_name`, one collective reduces all sums of a regularizer, and metrics
+    describe the whole gradients. At scope `"unit"`, a unit is the part that one device
+    holds: shard leaves along their last axis to keep units whole; otherwise the scope
+    is finer. A leaf that all devices hold, such as a small bias, counts once under
+    `jax.shard_map`, because its type shows this. With `check_vma=False`, and under
+    `jax.pmap` and `jax.vmap`, the type does not show it, and the leaf counts once for
+    each device: there mask it out, or give it a label of its own in `scope`.
 
     Args:
       rule: maps Gram matrices `[..., 2, 2]` to weights `[..., 2]`; see
@@ -164,8 +166,8 @@ def resolve_conflicts(
       A transformation like that of `dtnh`.
 
     Raises:
-      ValueError: for values that are out of range or trees that do not match.
-      TypeError: for arguments of another kind.
+      ValueError: a value is out of range, or trees do not match.
+      TypeError: an argument has the wrong type.
 
     Example:
       >>> import jax.numpy as jnp
@@ -196,16 +198,17 @@ def add_regularizer(
 ) -> optax.GradientTransformationExtraArgs:
     """Adds the gradient of a regularizer of the weights to plain gradients.
 
-    Put it in a chain where `optax.add_decayed_weights` would stand. The regularizer's
+    Put it at the place of `optax.add_decayed_weights` in a chain. The regularizer's
     gradient is computed from the parameters in closed form, without a backward pass. A
     self-anchored regularizer, such as `l2_sp()`, pulls back to the parameters that
-    `init` sees, and keeps a copy of them in the state.
+    `init` gets, and keeps a copy of them in the state.
 
     Args:
-      regularizer: of the weights, see `dtnh_jax.regularizers`, or a dict of several.
-      strength: factor of the regularizer, as in `dtnh`; a dict with the same keys
-        where there are several.
-      rule: how conflicts are resolved; `rules.dtnh` by default.
+      regularizer: a regularizer of the weights, see `dtnh_jax.regularizers`, or a dict
+        of several by name.
+      strength: factor of the regularizer, as in `dtnh`; for several regularizers, a
+        dict with the same keys.
+      rule: a function that resolves conflicts; `rules.dtnh` by default.
       scope: as in `dtnh`.
       ema_decay: as in `dtnh`.
       max_ratio: as in `dtnh`.
@@ -216,8 +219,8 @@ def add_regularizer(
       A transformation of the loss gradient. Its `update` needs `params`.
 
     Raises:
-      ValueError: for values that are out of range or trees that do not match.
-      TypeError: for arguments of another kind.
+      ValueError: a value is out of range, or trees do not match.
+      TypeError: an argument has the wrong type.
 
     Example:
       >>> import jax.numpy as jnp
@@ -251,7 +254,7 @@ def _resolving(options: Options) -> optax.GradientTransformationExtraArgs:
         **extra_args,
     ):
         del extra_args
-        loss, gradients = given(
+        loss, gradients = split_updates(
             options, updates, regularizer_grads, params, state.anchor
         )
         leaves, part, state = resolve(
@@ -282,24 +285,26 @@ def resolve(
     gradients: Mapping[str, Callable[[], optax.Updates]],
     params: optax.Params | None,
     held_out_grads: optax.Updates | None = None,
-    ask: Callable[[str, Gram], Coefficients] | None = None,
+    coefficients_of: Callable[[str, Gram], Coefficients] | None = None,
     lengths: optax.Updates | None = None,
 ) -> tuple[AlignedLeaves, list[Array], ConflictState]:
     """Resolves every regularizer's gradient against the gradient that is protected.
 
     Args:
-      options: of the transformation.
-      state: before the update.
+      options: arguments of the transformation.
+      state: state before the update.
       loss: gradient `g` of the loss.
       gradients: by name, functions that return a gradient `r`, before its strength.
       params: the parameters, for masks and labels that are functions of them.
-      held_out_grads: gradient of a loss on held-out examples, to protect instead of g.
-      ask: what to add, of the name of a regularizer and a Gram matrix; by default what
-        the rule says.
-      lengths: a tree whose norms `max_ratio` is of, instead of the protected one's.
+      held_out_grads: gradient of a loss on held-out examples; protected if given.
+      coefficients_of: maps the name of a regularizer and a Gram matrix to the
+        coefficients; by default those of the rule.
+      lengths: a tree whose norms `max_ratio` multiplies, in place of the protected
+        gradient's.
 
     Returns:
-      The leaves that take part; what all regularizers add there; the next state.
+      The leaves that take part; the sum of all regularizers' parts there; the next
+      state.
     """
     params = loss if params is None else params
     first = {name: gradient() for name, gradient in gradients.items()}
@@ -321,19 +326,26 @@ def resolve(
         again = leaves.getter(gradients[name], "regularizer_grads")
         strength = options.strength_at(name, state.step)
         grams = groups.measure(m, again, strength)  # Gram matrices of m and r, by group
-        c = [ask(name, x) if ask else coefficients(options.rule, x) for x in grams]
+        c = [
+            coefficients_of(name, gram)
+            if coefficients_of
+            else coefficients(options.rule, gram)
+            for gram in grams
+        ]
         bounded = clipped(c, grams, rho, longest)
         part = groups.contribution(bounded, m, r, strength)  # c.g * m + c.r * r
         total = [x + y for x, y in zip(total, part)]
         measured[name] = groups.record(grams, c, m, r, before)
 
-    # A gradient that is not finite is forgotten, as under `optax.apply_if_finite`.
+    # A gradient that is not finite leaves step and average as they were, as under
+    # `optax.apply_if_finite`.
     squares = next(iter(measured.values())).sums[0]
     is_finite = jnp.all(jnp.isfinite(squares))
     if state.ema is not None:
         olds = leaves.pick(state.ema, "state.ema")
         ema = [
-            jnp.where(is_finite, of_type(new, old), old) for new, old in zip(ema, olds)
+            jnp.where(is_finite, cast_like(new, old), old)
+            for new, old in zip(ema, olds)
         ]
         ema = leaves.onto(state.ema, ema)
     step = jnp.where(is_finite, optax.safe_increment(state.step), state.step)
@@ -344,7 +356,7 @@ def resolve(
 def averaged(
     leaves: AlignedLeaves, g: list[Array], state: ConflictState, decay: Number | None
 ) -> tuple[list[Array], Any]:
-    """Returns a gradient's moving average, and the same with its bias towards zero."""
+    """Returns a gradient's moving average, without and with its bias towards zero."""
     if decay is None:
         return g, None
     decay = jnp.asarray(decay, jnp.float32)

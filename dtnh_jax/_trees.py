@@ -1,4 +1,4 @@
-"""Two trees side by side, leaf by leaf, whatever is missing in either."""
+"""Pairs the leaves of two trees, with zeros for missing leaves."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,33 +16,33 @@ _VALUE = jax.tree_util.GetAttrKey("value")
 
 
 def is_missing(leaf: Any) -> bool:
-    """Whether a leaf stands for no array: `None`, or masked out by Optax."""
+    """Returns whether a leaf is `None` or masked out by Optax."""
     return leaf is None or isinstance(leaf, optax.MaskedNode)
 
 
 def is_trainable(leaf: Any) -> bool:
-    """Whether a leaf has an inner product: floating or complex, and not missing."""
+    """Returns whether a leaf has an inner product: floating or complex, not missing."""
     if is_missing(leaf):
         return False
     dtype = jax.dtypes.result_type(leaf)
-    # Numbers of 8 bits are scales of quantized layers, not gradients of parameters.
+    # 8-bit numbers are scales of quantized layers, not gradients of parameters.
     return jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize > 1
 
 
 def flatten(tree: PyTree) -> tuple[list[Any], Any]:
-    """Like `jax.tree.flatten`, with missing leaves kept in the list."""
+    """Flattens like `jax.tree.flatten`, but keeps missing leaves in the list."""
     return jax.tree.flatten(tree, is_leaf=is_missing)
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """Spells a path with slashes; the same for dicts, linen, NNX and equinox."""
+    """Returns a path joined by slashes; the same for dicts, linen, NNX and Equinox."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def names(tree: PyTree) -> list[str]:
     """Returns the path of each leaf, missing ones included, such as `dense/kernel`.
 
-    Variables of NNX, and boxes of linen, have the path of their value.
+    Variables of NNX and boxes of linen have the path without `value`.
     """
     paths, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_missing)
     is_box = [bool(path) and path[-1] == _VALUE for path, _ in paths]
@@ -53,7 +53,7 @@ def names(tree: PyTree) -> list[str]:
 
 
 def sum_dtype(x: Any) -> Any:
-    """The dtype of sums: float32, or complex or double precision where `x` is."""
+    """Returns the dtype for sums: at least float32, and complex or double like `x`."""
     dtype = jax.dtypes.result_type(x)
     is_single = jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize >= 4
     return dtype if is_single else jnp.dtype(jnp.float32)
@@ -65,15 +65,15 @@ def as_float32(x: Any) -> Array:
 
 
 def split_pair(updates: PyTree, regularizer_grads: PyTree | None) -> GradientPair:
-    """Finds the two gradients in either of the two ways in which they arrive.
+    """Returns both gradients, from a pair or from the two arguments.
 
     Args:
-      updates: the loss gradient, or a `GradientPair`. NNX's optimizer turns a pair
-        into a mapping with the pair's field names, which is understood too.
-      regularizer_grads: the regularizer's gradient, where `updates` is no pair.
+      updates: the loss gradient, or a `GradientPair`. A mapping with the field names of
+        a pair, which NNX's optimizer makes of it, is accepted too.
+      regularizer_grads: the regularizer's gradient, if `updates` is not a pair.
 
     Raises:
-      ValueError: if the regularizer's gradient is missing, or given twice.
+      ValueError: the regularizer's gradient is missing, or given twice.
     """
     is_pair_of_nnx = (
         regularizer_grads is None
@@ -85,13 +85,13 @@ def split_pair(updates: PyTree, regularizer_grads: PyTree | None) -> GradientPai
     if isinstance(updates, GradientPair):
         if regularizer_grads is not None:
             raise ValueError(
-                "`regularizer_grads` must be left out where `updates` is a "
-                "GradientPair, got both."
+                "`regularizer_grads` must be left out if `updates` is a GradientPair, "
+                "got both."
             )
         return updates
     if regularizer_grads is None:
         raise ValueError(
-            "`regularizer_grads` must be given where `updates` is not a GradientPair: "
+            "`regularizer_grads` must be given if `updates` is not a GradientPair: "
             "call `update(GradientPair(loss, regularizer), state, params)` or "
             "`update(loss, state, params, regularizer_grads=regularizer)`, got "
             "neither."
@@ -99,25 +99,25 @@ def split_pair(updates: PyTree, regularizer_grads: PyTree | None) -> GradientPai
     return GradientPair(updates, regularizer_grads)
 
 
-def given(
+def split_updates(
     options: Any,
     updates: optax.Updates,
     regularizer_grads: Any,
     params: optax.Params | None,
     anchor: PyTree,
 ) -> tuple[optax.Updates, dict[str, Callable[[], optax.Updates]]]:
-    """Sorts what `update` is given into the loss gradient and the regularizers'.
+    """Splits the arguments of `update` into the loss and the regularizers' gradients.
 
     Args:
-      options: of the transformation.
+      options: arguments of the transformation.
       updates: a pair, or the loss gradient.
-      regularizer_grads: the others, where `updates` is no pair.
-      params: what regularizers of the weights compute their gradients from.
-      anchor: what self-anchored ones among them have kept.
+      regularizer_grads: the regularizers' gradients, if `updates` is not a pair.
+      params: the parameters, for the gradients of regularizers of the weights.
+      anchor: the parameters that self-anchored regularizers keep.
 
     Returns:
-      The loss gradient, and by name functions that return the others. Those of
-      regularizers of the weights compute them anew at every call.
+      The loss gradient, and by name functions that return the regularizers' gradients.
+      For regularizers of the weights, each call computes the gradient again.
     """
     if options.regularizers is None:
         loss, grads = split_pair(updates, regularizer_grads)
@@ -125,8 +125,8 @@ def given(
         return loss, {name: lambda r=r: r for name, r in grads.items()}
     if params is None:
         raise ValueError(
-            "`params` must be given to `update`, because the regularizer's gradient is "
-            "computed from them, got None."
+            "`params` must be given to `update`, because they determine the "
+            "regularizer's gradient, got None."
         )
     gradients = {}
     for name, regularizer in options.regularizers.items():
@@ -138,18 +138,19 @@ def given(
 
 
 class AlignedLeaves(NamedTuple):
-    """The leaves of the loss gradient that take part in conflicts.
+    """The leaves of the loss gradient that take part in inner products.
 
     A leaf takes part if it is trainable in the loss gradient or in a regularizer's, and
-    masked out neither here nor by Optax. Where one of them lacks it, zeros stand in.
+    neither this library's mask nor Optax's leaves it out. Zeros replace a leaf that one
+    of the gradients lacks.
     """
 
     tree: PyTree  # the loss gradient
-    places: list[int]  # which of its leaves take part
+    places: list[int]  # indices of its leaves that take part
     like: list[Any]  # for each of these an array of its shape and dtype
 
     def pick(self, tree: PyTree, name: str) -> list[Array]:
-        """Returns a tree's leaves that take part, in float32, zeros where missing."""
+        """Returns a tree's leaves that take part, in float32; zeros if missing."""
         leaves = align(tree, self.tree, name, "loss")
         return [
             as_float32(leaves[i])
@@ -159,18 +160,18 @@ class AlignedLeaves(NamedTuple):
         ]
 
     def restore(self, values: Sequence[Array]) -> PyTree:
-        """Puts values in their places, in the dtypes that the leaves there had."""
+        """Returns the loss gradient with new values, in the dtypes of the old ones."""
         leaves, treedef = flatten(self.tree)
         for i, value, x in zip(self.places, values, self.like):
             leaves[i] = value.astype(jax.dtypes.result_type(x))
         return jax.tree.unflatten(treedef, leaves)
 
     def getter(self, gradient: Callable[[], PyTree], name: str) -> Callable[[], Any]:
-        """Returns a function that picks from what `gradient` returns, at every call."""
+        """Returns a function that calls `gradient` and picks from its result."""
         return lambda: self.pick(gradient(), name)
 
     def onto(self, tree: PyTree, values: Sequence[Array]) -> PyTree:
-        """Puts values in their places in a tree like the loss gradient."""
+        """Returns `tree`, which is like the loss gradient, with new values."""
         leaves, treedef = flatten(tree)
         places = self.places
         if treedef != flatten(self.tree)[1]:
@@ -181,7 +182,7 @@ class AlignedLeaves(NamedTuple):
         return jax.tree.unflatten(treedef, leaves)
 
     def subtracted(self, tree: PyTree, values: Sequence[Array]) -> PyTree:
-        """Returns a tree like the loss gradient less values, where it has leaves."""
+        """Subtracts values from the leaves of a tree like the loss gradient."""
         leaves = align(tree, self.tree, "updates", "loss")
         there = [leaves[i] for i in self.places]
         less = [
@@ -191,7 +192,7 @@ class AlignedLeaves(NamedTuple):
         return self.onto(tree, less)
 
     def zeros(self) -> PyTree:
-        """Zeros in at least float32, and `optax.MaskedNode` where none takes part."""
+        """Returns zeros in at least float32; `optax.MaskedNode` for other leaves."""
         treedef = flatten(self.tree)[1]
         leaves: list[Any] = [optax.MaskedNode()] * treedef.num_leaves
         for i, x in zip(self.places, self.like):
@@ -202,16 +203,16 @@ class AlignedLeaves(NamedTuple):
 def aligned(
     loss: PyTree, regularizers: Sequence[PyTree], mask: Mask | None, params: PyTree
 ) -> AlignedLeaves:
-    """Finds the leaves that take part in conflicts.
+    """Returns the leaves that take part in inner products.
 
     Args:
       loss: gradient of the loss, or parameters; shapes and dtypes suffice.
       regularizers: gradients of the regularizers.
-      mask: a prefix tree of bools, a function of `params` to one, or None.
-      params: what a mask is a function of.
+      mask: a prefix tree of bools, a function from `params` to one, or None.
+      params: the parameters, for a mask that is a function of them.
 
     Raises:
-      ValueError: if the trees do not match.
+      ValueError: the trees do not match.
     """
     columns = [flatten(loss)[0]]
     for tree in regularizers:
@@ -222,20 +223,20 @@ def aligned(
         chosen = prefix_leaves(mask, loss, "mask")
     places, like = [], []
     for i, (g, *rs) in enumerate(zip(*columns)):
-        stands = [leaf for leaf in (g, *rs) if is_trainable(leaf)]
-        if chosen[i] and stands and (g is None or is_trainable(g)):
+        trainable = [leaf for leaf in (g, *rs) if is_trainable(leaf)]
+        if chosen[i] and trainable and (g is None or is_trainable(g)):
             places.append(i)
-            like.append(stands[0])
+            like.append(trainable[0])
     return AlignedLeaves(loss, places, like)
 
 
 def align(tree: PyTree, like: PyTree, name: str, like_name: str) -> list[Any]:
     """Returns the leaves of `tree` in the order of those of `like`.
 
-    A missing leaf of `tree` may stand for a whole subtree of `like`.
+    A missing leaf of `tree` may replace a whole subtree of `like`.
 
     Raises:
-      ValueError: if the trees differ, with the path of the first leaf that does.
+      ValueError: the trees differ; the error names the path of the first such leaf.
     """
     leaves, treedef = flatten(tree)
     like_leaves, like_treedef = flatten(like)
@@ -253,7 +254,7 @@ def align(tree: PyTree, like: PyTree, name: str, like_name: str) -> list[Any]:
 
 
 def _align_by_path(tree, like, name, like_name) -> list[Any]:
-    """The leaves of `tree` at the paths of `like`: slower, and says what differs."""
+    """Returns the leaves of `tree` at the paths of `like`; errors name the path."""
     found = dict(zip(names(tree), flatten(tree)[0]))
     unused = {path for path, leaf in found.items() if not is_missing(leaf)}
     leaves = []
@@ -264,9 +265,9 @@ def _align_by_path(tree, like, name, like_name) -> list[Any]:
         if path in found:
             leaves.append(found[path])
             unused.discard(path)
-        elif missing:  # a missing leaf that stands for a whole branch of `like`
+        elif missing:  # a missing leaf of `tree` replaces a subtree of `like`
             leaves.append(found[missing[0]])
-        elif is_missing(other):  # the other way round
+        elif is_missing(other):  # a missing leaf of `like` replaces a subtree
             leaves.append(None)
             unused = {at for at in unused if not at.startswith(f"{path}/")}
         else:
@@ -283,12 +284,12 @@ def _align_by_path(tree, like, name, like_name) -> list[Any]:
 
 
 def prefix_leaves(prefix: PyTree, like: PyTree, name: str) -> list[Any]:
-    """Spreads a prefix tree, such as a mask or labels, over the leaves of `like`.
+    """Broadcasts a prefix tree, such as a mask or labels, to the leaves of `like`.
 
     Raises:
-      ValueError: if `prefix` is not a prefix of `like`.
+      ValueError: `prefix` is not a prefix of `like`.
     """
-    if not flatten(like)[0]:  # also what Optax's `tree.map_params` gives to `init`
+    if not flatten(like)[0]:  # such as the placeholder of `optax.tree.map_params`
         return []
     leaves: list[Any] = []
 
@@ -305,24 +306,25 @@ def prefix_leaves(prefix: PyTree, like: PyTree, name: str) -> list[Any]:
 
 
 def prevent_cse(tree: PyTree) -> PyTree:
-    """Returns the same values, of which XLA does not know that they are the same.
+    """Returns the same values, hidden from XLA's common subexpression elimination.
 
-    On a CPU, what two sums share is written to memory in between. On other devices sums
-    can become one kernel, which reads each array once, unless a barrier stands between.
+    On a CPU, XLA writes a subexpression that two sums share to memory. Elsewhere it can
+    fuse both sums into one kernel that reads each array once, which a barrier would
+    prevent; so only the CPU gets one.
     """
     is_traced = any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
     if not is_traced or jax.default_backend() != "cpu":
         return tree
-    # Leaf by leaf, since in `jax.shard_map` they may vary over different axes.
+    # Leaf by leaf, because under `jax.shard_map` leaves may vary over different axes.
     hide = jax.lax.optimization_barrier
     return jax.tree.map(lambda x: hide(x) if is_trainable(x) else x, tree)
 
 
 def computed_once(x: Array) -> Array:
-    """Returns the same numbers, which XLA computes once for all leaves, on a CPU.
+    """Returns the same numbers, in a form that XLA computes once for all leaves.
 
-    What is cheap it computes anew inside the loop of every leaf, sums over all leaves
-    among it, which takes long to compile. A division it does not repeat.
+    On a CPU, XLA repeats cheap operations, sums over all leaves included, in the loop
+    of every leaf, which makes compilation slow. It does not repeat a division.
     """
     return x / prevent_cse(jnp.ones_like(x))
 
@@ -330,9 +332,9 @@ def computed_once(x: Array) -> Array:
 def recomputed(
     function: Callable[..., PyTree], tree: PyTree, *args: PyTree
 ) -> Callable[[], PyTree]:
-    """Returns a function that computes `function(tree, *args)` anew at every call.
+    """Returns a function that computes `function(tree, *args)` again at every call.
 
-    The function is traced once. Outside of jit it is computed once, too.
+    The function is traced once. Outside of jit it is also computed only once.
     """
     if not any(isinstance(x, Tracer) for x in jax.tree.leaves((tree, args))):
         value = function(tree, *args)

@@ -1,4 +1,4 @@
-"""`python -m dtnh_jax.benchmarks`: hands over to `dtnh_jax.studies.benchmarks`."""
+"""`python -m dtnh_jax.benchmarks` runs `dtnh_jax.studies.benchmarks`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Train steps for Flax linen, and the features of networks that nobody changed."""
+"""Train steps for Flax linen, and the features of unmodified networks."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -47,16 +47,16 @@ class TrainState(train_state.TrainState):
       [0. 0. 0.]
     """
 
-    # Flax's own types leave out abstract arrays, and the dicts that `init` returns.
+    # Flax's own types exclude abstract arrays, and the dicts that `init` returns.
     step: Any
     params: Any
     batch_stats: Any = struct.field(default_factory=dict)
 
 
 class Forward(NamedTuple):
-    """What a network made of a batch."""
+    """The output and the features of a network for a batch."""
 
-    output: Any  # what it returned, such as logits
+    output: Any  # the network's return value, such as logits
     features: dict[str, Any]  # the outputs of layers, by path
 
 
@@ -71,48 +71,48 @@ def train_step(
     teacher_model: nn.Module | None = None,
     has_aux: bool = False,
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
-    """Builds a train step: one forward pass, one gradient or two, one update.
+    """Builds a train step: one forward pass, one or two gradients, one update.
 
-    The network in training runs once a step, and that pass alone updates its batch
-    statistics. The teacher runs with its own variables in evaluation mode, outside of
-    what is differentiated.
+    The network in training runs once per step, and only that pass updates its batch
+    statistics. The teacher runs with its own variables in evaluation mode and gets no
+    gradient.
 
-    Without a regularizer the step takes the gradient of the loss alone. That is also
-    the way for regularizers of the weights, such as `regularizers.l2_sp`: they stand
-    in the optimizer, in `add_regularizer`, and need no backward pass.
+    Without a regularizer, the step takes the gradient of the loss alone. Use that for
+    regularizers of the weights, such as `regularizers.l2_sp`, too: put them in the
+    optimizer with `add_regularizer`, where they need no backward pass.
 
     Args:
       model: the network.
       forward: runs a network on a batch, `(network, batch, train) -> output`.
       loss: maps `(output, batch)` to a scalar, or with `has_aux` to a scalar and a
         dict of metrics.
-      regularizer: maps `(student, teacher, batch)`, the first two of them `Forward`,
-        to a scalar without its strength, or to a dict of scalars by name. The
-        optimizer has to take a `GradientPair`, as `dtnh` does. `teacher` is None where
-        the step is given none.
+      regularizer: maps `(student, teacher, batch)`, the first two of type `Forward`, to
+        a scalar without its strength, or to a dict of scalars by name. The optimizer
+        must accept a `GradientPair`, as `dtnh` does. `teacher` is None if the step gets
+        no teacher.
       features: layers for `Forward.features`; see `capture_features`.
       collection: see `capture_features`.
-      teacher_model: the teacher's network where it is not `model`, for example because
-        it has another head.
-      has_aux: whether `loss` returns metrics too.
+      teacher_model: the teacher's network if it is not `model`, for example because it
+        has another head.
+      has_aux: whether `loss` also returns metrics.
 
     Returns:
-      A pure function, to be jitted, of `(state, batch, rng=None, teacher=None)`. It
-      returns the new state and a dict of metrics from before the update: `loss`,
-      `regularizer` if there is one, and those of `loss`.
+      A pure function of `(state, batch, rng=None, teacher=None)`, to be jitted. It
+      returns the new state and a dict of metrics before the update: `loss`,
+      `regularizer` if there is one, and the metrics of `loss`.
         `state` is a `TrainState`, and may be donated.
-        `rng` is for dropout and the like: one key for the whole run, into which the
-        number of the step is folded.
-        `teacher` is the variables of the pretrained network; not those of `state` if
-        that is donated, but a copy.
+        `rng` is the key for dropout and other random numbers: one key for the whole
+        run; the step folds its number into it.
+        `teacher` holds the variables of the pretrained network. If `state` is donated,
+        they must be a copy.
 
-    Warns, as it is traced, of parameters that the optimizer freezes behind one of this
-    library's transformations, whose inner products and norms they inflate.
+    While it is traced, the step warns about parameters that the optimizer freezes after
+    one of this library's transformations: they inflate its inner products and norms.
 
     Raises:
-      TypeError: if `regularizer` is not a function.
-      ValueError: on calling, if a layer is missing, or if the network has batch
-        statistics that the state lacks.
+      TypeError: `regularizer` is not a function.
+      ValueError: at the call, a layer is missing, or the network has batch statistics
+        that the state lacks.
 
     Example:
       >>> import flax.linen as nn, jax.numpy as jnp, optax
@@ -211,7 +211,7 @@ def train_step(
 
 
 def _like(batch_stats: Any, new_stats: Any) -> Any:
-    """Returns new statistics in the kind of tree, frozen or not, of the old ones."""
+    """Returns the new statistics as a tree of the old type, frozen or not."""
     old, new = (
         jax.tree.structure(core.unfreeze(stats)) for stats in (batch_stats, new_stats)
     )

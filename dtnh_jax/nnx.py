@@ -1,4 +1,4 @@
-"""The gradient pair of NNX modules, and features of networks that nobody changed."""
+"""The gradient pair of NNX modules, and features of unmodified networks."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ __all__ = [
     "without_adapters",
 ]
 
-_OUTPUT = "#output"  # of a layer, among what it sows: no attribute has the name
+_OUTPUT = "#output"  # name of a layer's sown output; no attribute can have it
 M = TypeVar("M", bound=nnx.Module)
 State = Any  # nnx.State, whose type parameters runtime checkers cannot read
 
@@ -38,27 +38,27 @@ def value_and_gradient_pair(
 ) -> Callable[..., tuple[Any, GradientPair]]:
     """Differentiates a loss and a regularizer of an NNX module in one forward pass.
 
-    What `dtnh_jax.value_and_gradient_pair` is for functions of a tree, this is for
-    functions of a module. Whatever else the one forward pass changes in the module, or
-    in modules, random streams and metrics among the other arguments, is changed in
-    them afterwards, once: batch statistics, say, or the counters of dropout.
+    The counterpart of `dtnh_jax.value_and_gradient_pair` for functions of a module. The
+    forward pass may change other state, such as batch statistics or dropout counters,
+    of the module and of modules, random streams and metrics among the arguments. These
+    changes are applied once.
 
     Args:
       objective: maps `(model, *args)` to `(loss, regularizer)`, or with `has_aux` to
         `((loss, regularizer), aux)`; see `dtnh_jax.value_and_gradient_pair`.
-      has_aux: whether `objective` returns auxiliary data too.
+      has_aux: whether `objective` also returns auxiliary data.
       wrt: filter of the variables to differentiate; the same as the optimizer's.
 
     Returns:
-      A function of `(model, *args)`, inside of `nnx.jit` or not, that returns
+      A function of `(model, *args)`, with or without `nnx.jit`, that returns
       `((loss, regularizer), pair)`, or with `has_aux`
-      `(((loss, regularizer), aux), pair)`. The gradients are states, as those of
+      `(((loss, regularizer), aux), pair)`. The gradients are states, like those of
       `nnx.grad`, for `optimizer.update(model, pair)`, or for
       `optimizer.update(model, pair.loss, regularizer_grads=pair.regularizer)`.
 
     Raises:
-      TypeError: on calling, if `objective` does not return a pair of scalars.
-      ValueError: on calling, if `wrt` picks out nothing in the model.
+      TypeError: at the call, `objective` does not return a pair of scalars.
+      ValueError: at the call, `wrt` selects no variable of the model.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -96,16 +96,16 @@ def value_and_gradient_pair(
         return path[0] == 0 and is_wanted(path[1:], value)
 
     def value_and_pair(model, *args, **kwargs):
-        # Inside of a derivative only modules that are made there can be changed, so
-        # those among the arguments are taken apart, and put together again inside.
+        # A derivative can only change modules that are created inside it, so modules
+        # among the arguments are split here and merged inside.
         leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=_is_node)
         at = [i for i, leaf in enumerate(leaves) if _is_node(leaf)]
         nodes = [model, *[leaves[i] for i in at]]
         graphdef, trained, rest = nnx.split(nodes, is_trained, ...)
         if not jax.tree.leaves(trained):
             raise ValueError(
-                f"`wrt` must pick out variables of the model, got {wrt!r}, which picks "
-                f"out nothing in this {type(model).__name__}."
+                f"`wrt` must select variables of the model, got {wrt!r}, which selects "
+                f"none in this {type(model).__name__}."
             )
 
         def of_trained(trained):
@@ -135,27 +135,26 @@ def value_and_gradient_pair(
 
 
 def capture_features(model: nnx.Module, layers: Layers) -> Callable[..., Any]:
-    """Makes a module return the outputs of some of its layers too.
+    """Makes a module also return the outputs of some of its layers.
 
-    The network need not be written for it. What a network sows as `nnx.Intermediate`
-    counts as a layer too: its path is that of the module, with the name of the value
-    at the end. Layers in an `nnx.scan` or `nnx.vmap` are captured one by one, with
-    their index at the end of the path: `"blocks/mlp"` has the features
-    `"blocks/mlp/0"`, `"blocks/mlp/1"` and so on, and each of them can be asked for.
+    The network needs no changes. A value that a network sows as `nnx.Intermediate`
+    counts as a layer: its path is that of the module, followed by the value's name.
+    Layers in an `nnx.scan` or `nnx.vmap` are captured separately, and their paths end
+    in an index: `"blocks/mlp"` has the features `"blocks/mlp/0"`, `"blocks/mlp/1"` and
+    so on. Each can also be selected by itself.
 
     Args:
       model: the network.
-      layers: paths of layers such as `"encoder/blocks/3"`, or a function that tells
-        from a path whether the layer is wanted.
+      layers: paths of layers such as `"encoder/blocks/3"`, or a function that maps a
+        path to whether the layer is captured.
 
     Returns:
-      A function with the arguments of `model`. It returns what `model` does, and a
-      dict of features by path; of a layer that is called more than once, a tuple of
-      them.
+      A function with the arguments of `model`. It returns the output of `model`, and a
+      dict of features by path; for a layer that is called more than once, a tuple.
 
     Raises:
-      TypeError: if `layers` is a string.
-      ValueError: on calling, if a layer is missing, with the paths that are like it.
+      TypeError: `layers` is a string.
+      ValueError: at the call, a layer is missing; the error names similar paths.
 
     Example:
       >>> import jax.numpy as jnp
@@ -168,8 +167,8 @@ def capture_features(model: nnx.Module, layers: Layers) -> Callable[..., Any]:
     _layers.check_layers(layers)
 
     def call(*args, **kwargs):
-        # Capturing adds attributes: to new modules with the variables of the old ones,
-        # because in a derivative the modules from outside cannot be changed.
+        # Capturing adds attributes. It does so to new modules with the same variables,
+        # because a derivative cannot change modules from outside.
         network = nnx.merge(*nnx.split(model))
         modules = {
             "/".join(map(str, path)): module for path, module in modules_of(network)
@@ -181,7 +180,7 @@ def capture_features(model: nnx.Module, layers: Layers) -> Callable[..., Any]:
         }
 
         def sow(module, output):
-            """Sows an output, and beside all that is sown a mark, see `stacks`."""
+            """Sows an output, and a mark beside each sown value, see `stacks`."""
             own = sown_by(module)
             if own is None:
                 return output
@@ -206,7 +205,7 @@ def capture_features(model: nnx.Module, layers: Layers) -> Callable[..., Any]:
         for path, value in flat.items():
             layer = path.removesuffix(_OUTPUT).removesuffix("/")
             is_mark = path.endswith(stacks.SUFFIX)
-            # Other layers of the same classes were captured with those wanted.
+            # Other layers of the same classes were captured too.
             is_other = layer in modules and not _layers.holds_wanted(layers, layer)
             if not is_mark and not is_other:
                 parts = stacks.unstacked(value, flat.get(path + stacks.SUFFIX))
@@ -221,11 +220,11 @@ def capture_features(model: nnx.Module, layers: Layers) -> Callable[..., Any]:
 
 
 def frozen_teacher(model: M) -> M:
-    """Copies a module as it is now, in evaluation mode, to regularize towards it.
+    """Copies a module in evaluation mode, as a fixed teacher.
 
-    Nothing is shared with `model`, so training, changing and donating that are safe.
-    Give the teacher to the train step as an argument: under `nnx.jit` the weights of a
-    module that is closed over become constants of the compiled program.
+    The copy shares nothing with `model`, which can be trained, changed and donated.
+    Pass the teacher to the train step as an argument: under `nnx.jit`, the weights of a
+    module that a function closes over become constants of the compiled program.
 
     Args:
       model: the pretrained network.
@@ -247,15 +246,15 @@ def frozen_teacher(model: M) -> M:
 
 
 def _is_node(x: Any) -> bool:
-    """Whether an argument can hold variables, which a forward pass may change."""
+    """Returns whether an argument can hold variables."""
     return isinstance(x, (nnx.Pytree, nnx.Variable))
 
 
 def _changes(old: State, new: State) -> State:
-    """The variables of `new` that are not in `old`, or have another value there.
+    """Returns the variables of `new` that `old` lacks or has with another value.
 
-    Others stay as they are, since they may belong to a module, such as a teacher from
-    outside of `nnx.jit`, that cannot be changed here.
+    Unchanged variables are left out, because they may belong to a module that cannot be
+    changed here, such as a teacher from outside of `nnx.jit`.
     """
     before = dict(nnx.to_flat_state(old))
     return nnx.from_flat_state(

@@ -1,7 +1,8 @@
 """DTNH in extended precision NumPy, from its definition as a projection.
 
 No formula of the library is used: the update is the point nearest to `g + r` in the
-half-space `<g, d> >= ||g||^2`, and its multiplier is found by bisection.
+half-space `<g, d> >= ||g||^2`, and its multiplier is found by bisection. Leading axes
+are those of a stack of pairs.
 """
 
 import jax
@@ -11,37 +12,43 @@ Long = np.longdouble
 
 
 def flat(tree) -> np.ndarray:
-    """All leaves of a tree as one vector."""
-    leaves = [np.asarray(x, Long).reshape(-1) for x in jax.tree.leaves(tree)]
-    return np.concatenate([np.zeros(0, Long), *leaves])
+    """All leaves `[count, ...]` of a tree as one vector each, `[count, n]`."""
+    leaves = [np.asarray(x, Long) for x in jax.tree.leaves(tree)]
+    return np.concatenate([x.reshape(len(x), -1) for x in leaves], axis=-1)
+
+
+def inner(a, b) -> np.ndarray:
+    """Inner products along the last axis."""
+    return np.einsum("...i,...i->...", np.asarray(a, Long), np.asarray(b, Long))
 
 
 def project(g: np.ndarray, r: np.ndarray) -> np.ndarray:
-    """The update of one group, given as two vectors, `r` with its strength."""
+    """The update of groups, given as vectors `[..., n]`, `r` with its strength."""
     g, r = np.asarray(g, Long), np.asarray(r, Long)
-    target = g + r
-    square = g @ g
-    if square == 0 or g @ target >= square:
-        return target
-    low, high = Long(0), Long(1)
-    while g @ (target + high * g) < square:
-        high *= 2
+    target, square = g + r, inner(g, g)
+
+    def falls_short(multiplier):
+        return inner(g, target + multiplier[..., None] * g) < square
+
+    low = np.zeros(square.shape, Long)
+    in_conflict, high = falls_short(low), low + 1
+    while np.any(short := falls_short(high)):
+        high = np.where(short, 2 * high, high)
     for _ in range(200):
         middle = (low + high) / 2
-        if g @ (target + middle * g) < square:
-            low = middle
-        else:
-            high = middle
-    return target + high * g
+        short = falls_short(middle)
+        low, high = np.where(short, middle, low), np.where(short, high, middle)
+    return target + np.where(in_conflict, high, 0)[..., None] * g
 
 
-def groups(shape: tuple[int, ...], scope: str) -> np.ndarray:
-    """The group of each entry of one leaf, as numbers."""
+def grouped(x, scope: str) -> np.ndarray:
+    """The entries of one leaf `[count, ...]` by their groups, `[count, groups, n]`."""
+    x = np.asarray(x, Long)
     if scope == "element":
-        return np.arange(int(np.prod(shape))).reshape(shape)
-    if scope == "unit" and shape:
-        return np.broadcast_to(np.arange(shape[-1]), shape)
-    return np.zeros(shape, int)
+        return x.reshape(len(x), -1, 1)
+    if scope == "unit" and x.ndim > 1:
+        return x.reshape(len(x), -1, x.shape[-1]).swapaxes(1, 2)
+    return x.reshape(len(x), 1, -1)
 
 
 def update(g, r, scope: str = "global"):
@@ -49,13 +56,9 @@ def update(g, r, scope: str = "global"):
     gs, rs = jax.tree.leaves(g), jax.tree.leaves(r)
     if scope == "global":
         whole = project(flat(g), flat(r))
-        ends = np.cumsum([np.size(x) for x in gs])[:-1]
-        return [part.reshape(x.shape) for part, x in zip(np.split(whole, ends), gs)]
-    outs = []
-    for x, y in zip(gs, rs):
-        x, y = np.asarray(x, Long), np.asarray(y, Long)
-        out, of = np.zeros_like(x), groups(x.shape, scope)
-        for group in np.unique(of):
-            out[of == group] = project(x[of == group], y[of == group])
-        outs.append(out)
-    return outs
+        ends = np.cumsum([x[0].size for x in gs])[:-1]
+        parts = np.split(whole, ends, axis=-1)
+    else:
+        parts = [project(grouped(x, scope), grouped(y, scope)) for x, y in zip(gs, rs)]
+        parts = [p.swapaxes(1, 2) if scope == "unit" else p for p in parts]
+    return [part.reshape(x.shape) for part, x in zip(parts, gs)]

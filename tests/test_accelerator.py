@@ -21,11 +21,13 @@ def run(tmp_path):
     return run
 
 
+@pytest.mark.e2e
 def test_updates_and_rules_are_right_on_this_device(capsys):
     assert check.run(tiny=True, workers=2) == 0
     assert capsys.readouterr().out.rstrip().endswith("passed, 0 failed")
 
 
+@pytest.mark.e2e
 def test_every_row_is_measured_or_has_a_reason(run):
     results, rows = run(seconds=600.0)
     skipped = {row["name"]: row["skipped"] for row in rows if row["skipped"]}

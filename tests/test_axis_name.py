@@ -286,7 +286,7 @@ def test_names_of_axes_are_checked(axis_name, error, message):
 @pytest.mark.parametrize("scope", ["global", "element"])
 def test_an_axis_that_nothing_is_mapped_over(scope):
     tx = dtnh(1.0, scope=scope, axis_name="x")
-    with pytest.raises(ValueError, match="must name axes that `update` is mapped over"):
+    with pytest.raises(ValueError, match="must name axes over which `update` is"):
         tx.update(GradientPair(G, R), tx.init(G))
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_language_model
 import tiny_network
 
 from dtnh_jax import regularizers
@@ -380,6 +381,7 @@ TINY = (
 )
 
 
+@pytest.mark.e2e
 def test_the_command_writes_a_ratio_for_every_method(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(SOURCES, "tiny", tiny_network.TINY)
     path = tmp_path / "times.json"
@@ -392,6 +394,39 @@ def test_the_command_writes_a_ratio_for_every_method(tmp_path, monkeypatch, caps
     assert found["l2_sp_fisher+dtnh"]["against"] == "fine-tuning"
     assert found["lora_decay+dtnh"]["against"] == "lora"
     assert all(row["value"] > 0 for row in found.values())
+
+
+def test_steps_of_a_language_model(tmp_path, capsys):
+    tiny_language_model.write_gguf(tmp_path / "tiny.gguf")
+    for name, seed in (("target", 0), ("kept", 1)):
+        texts = tiny_language_model.texts(60, seed)
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(texts))
+    path = tmp_path / "times.json"
+    options = [
+        *("--groups", "language", "--rounds", "1", "--output", str(path)),
+        *("--language-model", str(tmp_path / "tiny.gguf")),
+        *("--language-target", f"text:{tmp_path / 'target.txt'}"),
+        *("--language-kept", f"text:{tmp_path / 'kept.txt'}"),
+        *("--language-tokens", "2", "16"),
+    ]
+    assert main(options) == 0
+    found = json.loads(path.read_text())["rows"]
+    assert all(row["value"] > 0 for row in found)
+    aimed = [
+        (row["unit"], row["name"], row["against"], row["target"])
+        for row in found
+        if row["target"]
+    ]
+    assert aimed == [
+        (unit, name, against, target)
+        for unit, against, target in (("ms", "kl", 1.4), ("MB", "kl and lora", 1.0))
+        for name in ("kl+dtnh", "kl+never_hurt")
+    ]
+    ms = {row["name"]: row["value"] for row in found if row["unit"] == "ms"}
+    ours, judge = ms["kl+never_hurt"], ms["gradient of held-out text"]
+    for every in (1, 4):
+        learned = ms[f"kl+never_hurt, held out every {every}"]
+        np.testing.assert_allclose(learned, ours + judge / every, rtol=1e-6)
 
 
 @pytest.mark.usefixtures("one_block")

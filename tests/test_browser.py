@@ -27,10 +27,13 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
+pytestmark = [pytest.mark.e2e]
 if os.environ.get("CI") != "true":  # there it has to be
-    pytestmark = pytest.mark.skipif(
-        not (CHROMIUM and DRIVER), reason="needs Chromium and its driver"
-    )
+    pytestmark += [
+        pytest.mark.skipif(
+            not (CHROMIUM and DRIVER), reason="needs Chromium and its driver"
+        )
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -158,13 +158,13 @@ def test_scaling_says_what_is_wrong(case, layers, output):
     del output
     with pytest.raises(ValueError, match=f"Near it are .*'{layers[0]}'"):
         case([layers[0] + "x"])({layers[0] + "x": jnp.ones(4)})
-    with pytest.raises(ValueError, match="`layers` must pick out a layer"):
+    with pytest.raises(ValueError, match="`layers` must select a layer"):
         case(lambda path: False)({})
     with pytest.raises(TypeError, match="must be a sequence of paths"):
         case("first")
     with pytest.raises(ValueError, match=f"none for '{layers[1]}' among"):
         case(layers)({layers[0]: jnp.ones(4)})
-    with pytest.raises(ValueError, match=r"alone, got \['other'\] too"):
+    with pytest.raises(ValueError, match=r"got \['other'\] too"):
         case(layers)(ones(layers) | {"other": jnp.ones(4)})
     with pytest.raises(ValueError, match=r"got shape \(3,\) for 4 channels"):
         case(layers)(ones(layers) | {layers[0]: jnp.ones(3)})
@@ -433,11 +433,11 @@ def never(scales, batch):
         ({"batches": (b for b in BATCHES)}, TypeError, "more than once.*got generator"),
         ({"batches": []}, ValueError, "`batches` must have at least one"),
         ({"batches": [np.float32(1)]}, ValueError, r"leading axis.*\[\(\)\]"),
-        ({"batches": [{"x": X, "y": X[:2]}]}, ValueError, "one leading axis"),
-        ({"batches": [X[:0]]}, ValueError, "one leading axis"),
-        ({"batches": [()]}, ValueError, "one leading axis"),
+        ({"batches": [{"x": X, "y": X[:2]}]}, ValueError, "share a leading axis"),
+        ({"batches": [X[:0]]}, ValueError, "share a leading axis"),
+        ({"batches": [()]}, ValueError, "share a leading axis"),
         ({"channels": {}}, ValueError, "`channels` must have a layer"),
-        ({"channels": {"first": 0}}, ValueError, "a channel at least.*'first': 0"),
+        ({"channels": {"first": 0}}, ValueError, "at least one channel.*'first': 0"),
         ({"chunk_size": 0}, ValueError, "`chunk_size` must be at least 1, got 0"),
         ({"temperature": -1.0}, ValueError, "`temperature` must be above 0, got -1"),
     ],
@@ -456,7 +456,7 @@ def test_batches_have_to_be_the_same_each_time():
         def __iter__(self):
             return iter([{"x": self.random.random((2, 3)), "y": np.ones(2)}])
 
-    with pytest.raises(ValueError, match="`batches` must be the same each time"):
+    with pytest.raises(ValueError, match="`batches` must be the same in every"):
         channel_attention(LOSS, CHANNELS, Shuffled())
 
 

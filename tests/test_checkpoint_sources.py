@@ -247,7 +247,7 @@ def test_a_network_of_the_users_own(tmp_path, monkeypatch):
 
 
 WRONG = {
-    'sow("intermediates"': ('sow("x"', "must sow what its head sees"),
+    'sow("intermediates"': ('sow("x"', "must sow the input of its head"),
     'name="head"': ('name="top"', "must have a dense submodule `head`"),
     "nn.relu(nn": ("nn.rulu(nn", "does not run: "),
     "return Source(": (

@@ -75,12 +75,25 @@ def test_smooth_accuracy_is_the_sign_of_the_margin_softened():
     assert smooth_accuracy(np.zeros((2, 3)), np.array([0, 1])).tolist() == [0.5, 0.5]
 
 
-def test_a_lead_within_one_standard_error_is_close():
+def test_a_lead_within_the_error_is_close():
     first = np.array([1.0, 1, 1, 1, 0, 0])
     level = np.array([1.0, 1, 1, 0, 0, 0])  # one apart, which is one standard error
-    behind = np.array([1.0, 1, 0, 0, 0, 0])  # two apart; the error is 1.4
+    behind = np.array([1.0, 1, 0, 0, 0, 0])  # two apart; the error is 1.41
     assert remaining([first, level, behind], [0.0, 1.0, 2.0]) == [0.0, 1.0]
     assert remaining([behind, level, first], [0.0, 1.0, 2.0]) == [2.0, 1.0]
+
+
+@pytest.mark.parametrize(("wins", "losses", "trust"), [(5, 1, 1.0), (3, 1, 0.0)])
+def test_trust_needs_a_lead_that_is_clear(wins, losses, trust):
+    """Five wins and a loss lead by 4, 1.6 errors of sqrt(6); three by 2, 1 of 2."""
+    plain, trusted = np.zeros(40), np.zeros(40)
+    trusted[:wins], plain[-losses:] = 1, 1
+    table = {0.0: plain, 1.0: trusted}
+    choices = [
+        choose_trust(scores_of(table), 40, folds=2, seed=seed) for seed in range(20)
+    ]
+    # Those that did not end early, by the luck of the first fold.
+    assert {x.trust for x in choices if x.trainings == 4} == {trust}
 
 
 def test_a_level_that_diverged_is_out():

@@ -266,6 +266,7 @@ def fingerprint():
     return f"{zlib.crc32(batch['image'].tobytes())} {batch['label'].tolist()}"
 
 
+@pytest.mark.e2e
 def test_another_process_draws_the_same():
     tests = str(pathlib.Path(__file__).parent)
     program = f"""if True:

@@ -38,7 +38,9 @@ def data_dir(tmp_path_factory):
 
 def start(data_dir, run_dir, *options, devices, cwd=None):
     script = pathlib.Path(__file__).parent / "tiny_network.py"
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    # Of a flag that is given twice, as this one, the last counts.
+    count = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ['XLA_FLAGS']} {count}"
     places = ["--data-dir", str(data_dir), "--run-dir", str(run_dir)]
     options = [*itertools.chain(*OPTIONS.items()), *places, *options]
     return subprocess.Popen(
@@ -112,6 +114,7 @@ def assert_same_curves(run_dir, alone):
     assert found == expected  # every prediction
 
 
+@pytest.mark.e2e
 def test_two_processes_have_the_curves_of_one(data_dir, alone, tmp_path):
     run_dir = tmp_path / "run"
     first, second = finish(*start_pair(data_dir, run_dir))
@@ -125,6 +128,7 @@ def test_two_processes_have_the_curves_of_one(data_dir, alone, tmp_path):
     assert measured["mesh"] == {"data": 2, "fsdp": 2}
 
 
+@pytest.mark.e2e
 def test_the_loss_of_a_process_ends_the_other_and_a_new_pair_goes_on(
     data_dir, alone, tmp_path
 ):
@@ -137,7 +141,7 @@ def test_the_loss_of_a_process_ends_the_other_and_a_new_pair_goes_on(
     assert pair[0].returncode not in (0, -signal.SIGKILL)
     assert not (run_dir / "results.json").exists()
     out, _ = finish(*start_pair(data_dir, run_dir))
-    assert re.search(r"feature_map\+dtnh-seed0: goes on after step \d of 8", out), err
+    assert re.search(r"feature_map\+dtnh-seed0: resumes after step \d of 8", out), err
     assert_same_curves(run_dir, alone)
 
 
@@ -154,10 +158,11 @@ def test_a_signal_to_one_stops_both_at_one_step(data_dir, alone, tmp_path):
     options = ["--mesh", "data=2"]
     (out,) = finish(start(data_dir, run_dir, *options, devices=2))
     if done % STEPS:
-        assert f"goes on after step {done % STEPS} of {STEPS}" in out
+        assert f"resumes after step {done % STEPS} of {STEPS}" in out
     assert_same_curves(run_dir, alone)
 
 
+@pytest.mark.e2e
 def test_processes_that_have_other_pictures_are_refused(data_dir, tmp_path):
     cwds = [tmp_path / name for name in ("here", "there")]
     for cwd in cwds:
@@ -168,5 +173,5 @@ def test_processes_that_have_other_pictures_are_refused(data_dir, tmp_path):
     pair = start_pair(data_dir, run_dir, *target, cwds=cwds)
     said = [process.communicate(timeout=BOUND)[1] for process in pair]
     assert [process.returncode for process in pair] == [2, 2], said
-    assert "folder:photos must be the same pictures in every process, got" in said[0]
+    assert "folder:photos must have the same pictures in every process, got" in said[0]
     assert not run_dir.exists()

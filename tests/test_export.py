@@ -127,7 +127,7 @@ def test_a_card_of_one_seed_has_no_interval(run):
     for key in ("low", "high", "std"):
         results["methods"]["fine-tuning"]["accuracy"][key] = None
     card = model_card(results, "fine-tuning", 1)
-    assert "of one seed, which says nothing about another" in card
+    assert "of one seed, without an interval" in card
     assert "interval" not in card
     assert "conflict" not in card
     assert "without a regularizer" in card
@@ -223,7 +223,7 @@ def test_what_can_not_be_handed_over_is_refused(run, tmp_path, capsys):
     err = refused(capsys, "export", tmp_path)
     assert "is no run folder: it has no config.json" in err
     err = refused(capsys, "export", run, "--method", "delta", "--seed", 7)
-    assert "no weights of delta, seed 7; there are: fine-tuning-seed0, " in err
+    assert "no weights of delta, seed 7; it has: fine-tuning-seed0, " in err
     err = refused(capsys, "export", run, "--names", "torch", "--output", tmp_path / "x")
     assert "`--names` must be linen for tiny" in err
     assert not (tmp_path / "x").exists()
@@ -234,7 +234,7 @@ def test_what_can_not_be_handed_over_is_refused(run, tmp_path, capsys):
     pictures.draw(tmp_path / "a.png", 5)
     safetensors.numpy.save_file({"a": np.zeros(1)}, tmp_path / "b.safetensors")
     err = refused(capsys, "predict", tmp_path / "b.safetensors", tmp_path / "a.png")
-    assert "does not say how it was made" in err
+    assert "has no metadata of" in err
 
 
 def test_a_run_that_is_not_complete_is_refused(run, tmp_path, capsys):

@@ -100,7 +100,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(two_checkpoints, dama
     damage(two_checkpoints / "2")
     step, (warning,) = checkpoints.newest_whole(two_checkpoints)
     assert step == 1
-    assert warning.startswith("the checkpoint of step 2 is left out: ")
+    assert warning.startswith("the checkpoint of step 2 is skipped: ")
     assert str(two_checkpoints / "2") in warning
     with checkpoints.open_checkpoints(two_checkpoints, every=1) as manager:
         assert manager.latest_step() == 1
@@ -154,6 +154,7 @@ def allow(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, HARD))
 
 
+@pytest.mark.e2e
 def test_a_full_disk_and_a_damaged_checkpoint(run, whole, tmp_path, monkeypatch):
     ours = tmp_path / "ours"
     save = checkpoints.save
@@ -171,7 +172,7 @@ def test_a_full_disk_and_a_damaged_checkpoint(run, whole, tmp_path, monkeypatch)
     status, _, err = run(ours)
     assert status == 1
     assert err.startswith("dtnh: the checkpoint of step 10 can not be written to ")
-    assert err.endswith("; the same command goes on from there.\n")
+    assert err.endswith("; the same command resumes from there.\n")
     assert err.count("\n") == 1
     assert (ours / "cells" / "fine-tuning-seed0.json").exists()
     assert checkpoints.newest_whole(checkpoint) == (5, [])
@@ -184,15 +185,15 @@ def test_a_full_disk_and_a_damaged_checkpoint(run, whole, tmp_path, monkeypatch)
     monkeypatch.setattr(checkpoints, "save", stop)
     status, out, err = run(ours)
     assert status == 128 + signal.SIGTERM
-    assert "l2_sp+dtnh-seed0: goes on after step 5 of 14" in out
+    assert "l2_sp+dtnh-seed0: resumes after step 5 of 14" in out
     assert checkpoints.newest_whole(checkpoint) == (12, [])
 
     flip(largest(checkpoint / "12"))
     monkeypatch.setattr(checkpoints, "save", save)
     status, out, err = run(ours)
     assert (status, err) == (0, "")
-    assert "l2_sp+dtnh-seed0: the checkpoint of step 12 is left out: " in out
-    assert "l2_sp+dtnh-seed0: goes on after step 10 of 14" in out
+    assert "l2_sp+dtnh-seed0: the checkpoint of step 12 is skipped: " in out
+    assert "l2_sp+dtnh-seed0: resumes after step 10 of 14" in out
     assert kill_and_resume.deterministic(ours) == whole
 
 
@@ -219,9 +220,10 @@ def test_a_full_disk_for_metrics(run, tmp_path, monkeypatch):
     monkeypatch.setattr("dtnh_jax.finetune.shell.failed", regained(shell.failed))
     status, _, err = run(tmp_path / "run")
     assert status == 1
-    assert err.startswith("dtnh: writing failed: File too large. What is done is in ")
+    assert err.startswith("dtnh: writing failed: File too large. Finished work is in ")
 
 
+@pytest.mark.e2e
 def test_what_is_never_finite_again_stops_the_run(run, tmp_path, monkeypatch):
     ours, real = tmp_path / "run", preparation.batches
     poison = {"on": True}
@@ -249,7 +251,7 @@ def test_what_is_never_finite_again_stops_the_run(run, tmp_path, monkeypatch):
     poison["on"] = False
     status, out, _ = run(ours)
     assert status == 0
-    assert "fine-tuning-seed0: goes on after step 10 of 14" in out
+    assert "fine-tuning-seed0: resumes after step 10 of 14" in out
 
 
 # NaN and infinity

@@ -16,7 +16,7 @@ import tiny_network
 from kill_and_resume import deterministic
 
 from dtnh_jax._cli import main
-from dtnh_jax.finetune.methods import REGULARIZERS
+from dtnh_jax.finetune.regularizers import REGULARIZERS
 from dtnh_jax.finetune.weights.sources import SOURCES
 
 TINY = {
@@ -68,6 +68,7 @@ def wait_for_lines(process, path, count):
         time.sleep(0.002)
 
 
+@pytest.mark.e2e
 def test_an_interrupted_run_goes_on_to_bitwise_the_same_results(data_dir, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     out = finish(start(data_dir, whole))
@@ -84,15 +85,15 @@ def test_an_interrupted_run_goes_on_to_bitwise_the_same_results(data_dir, tmp_pa
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=100)
     assert process.returncode == 130
-    assert "l2_sp+dtnh-seed0: goes on after step 5 of 12" in out
+    assert "l2_sp+dtnh-seed0: resumes after step 5 of 12" in out
     assert err == (
-        f"Interrupted; what is done is in {stopped}. "
-        "The same command goes on from there.\n"
+        f"Interrupted; finished work is in {stopped}. "
+        "The same command resumes from there.\n"
     )
     assert not (stopped / "results.json").exists()
 
     out = finish(start(data_dir, stopped))
-    assert re.search(r"seed1: goes on after step \d+ of 12", out)
+    assert re.search(r"seed1: resumes after step \d+ of 12", out)
     assert deterministic(stopped) == deterministic(whole)
     written = {path.name for path in stopped.iterdir()}
     assert written >= {"report.md", "accuracy.png", "conflict.png", "predictions.png"}
@@ -105,6 +106,7 @@ def nothing_kept(monkeypatch):
     monkeypatch.setattr("dtnh_jax.finetune.directories.keep_compiled", lambda _: None)
 
 
+@pytest.mark.e2e
 def test_the_real_network_and_photographs(capsys, data_dir, tmp_path, nothing_kept):
     run_dir = tmp_path / "run"
     arguments = (
@@ -120,6 +122,7 @@ def test_the_real_network_and_photographs(capsys, data_dir, tmp_path, nothing_ke
     assert (run_dir / "results.json").read_bytes() == before
 
 
+@pytest.mark.e2e
 def test_trust_is_chosen_by_a_race_over_folds(capsys, data_dir, tmp_path):
     SOURCES["tiny"] = tiny_network.TINY
     options = {**TINY, "--seeds": "1", "--data-dir": str(data_dir)}
@@ -185,17 +188,17 @@ def refused(capsys, *arguments):
     ("arguments", "message"),
     [
         ("--source resnet", "`--source` must be one of efficientnet-lite0, eff"),
-        ("--target mnist", "`--target` must be one of elpv, folder:PATH"),
+        ("--target mnist", "`--target` must be one of elpv, elpv-doubtful, folder:"),
         ("--methods l2_sp+ntk", "`--methods` must be one of scratch, fine-tuning"),
         ("--methods l2_sp l2_sp", "`--methods` must name each method once"),
         ("--methods", "`--methods` must name at least one method"),
         ("--strength l3=1", "`--strength` must be one of l2, l2_sp, l1_sp, "),
-        ("--tuning-seeds 2", "`--tuning-seeds` is of no use without `--tune`"),
+        ("--tuning-seeds 2", "`--tuning-seeds` has no effect without `--tune`"),
         ("--tune --tuning-seeds 0", "`--tuning-seeds` must be at least 1, got 0"),
         ("--strength l2_sp=-1", "`--strength l2_sp` must be at least 0 and finite"),
         ("--strength l2_sp=inf", "`--strength l2_sp` must be at least 0 and finite"),
-        ("--methods scratch --strength l2_sp=1", "`--strength l2_sp` is of no use"),
-        ("--methods scratch --tune", "`--tune` is of no use"),
+        ("--methods scratch --strength l2_sp=1", "`--strength l2_sp` has no effect"),
+        ("--methods scratch --tune", "`--tune` has no effect"),
         ("--steps 3 --epochs 2", "`--steps` and `--epochs` must not be given together"),
         ("--steps 0", "`--steps` must be at least 1, got 0"),
         ("--seeds 0", "`--seeds` must be at least 1, got 0"),
@@ -236,7 +239,7 @@ def test_a_folder_of_another_configuration_is_refused(capsys, tmp_path):
     open_folder(Config(run_dir=tmp_path / "run"), {})
     run_dir = ["--run-dir", str(tmp_path / "run")]
     err = refused(capsys, *run_dir, "--steps", "7", "--seeds", "9")
-    assert "whose `--steps` is None, got 7: give another `--run-dir`" in err
+    assert "whose `--steps` is None, got 7: set another `--run-dir`" in err
     err = refused(capsys, *run_dir, "--strength", "l2_sp=0.5")
     assert "whose `--strength` is l2_sp=" in err
 
@@ -262,6 +265,7 @@ def test_studies_that_are_not_installed_are_in_the_repository(capsys, monkeypatc
     assert capsys.readouterr().err == err
 
 
+@pytest.mark.e2e
 def test_output_that_nobody_reads_ends_the_command_without_a_word():
     reads, writes = os.pipe()
     os.close(reads)

@@ -11,13 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dtnh_jax.finetune.config import Config, identity
-from dtnh_jax.finetune.methods import METHODS, REGULARIZERS
+from dtnh_jax.finetune.methods import METHODS
+from dtnh_jax.finetune.regularizers import REGULARIZERS
 from dtnh_jax.finetune.runs.checks import check
 
 
 def test_damaged_weights_are_read_or_refused(tmp_path):
-    refused = fuzz_weights.fuzz(400, 0, tmp_path)
-    assert 200 < refused < 400  # both happen
+    refused = fuzz_weights.fuzz(120, 0, tmp_path)  # as a script it reads thousands
+    assert 60 < refused < 120  # both happen
 
 
 def test_the_watch_sees_what_is_run(monkeypatch):
@@ -123,7 +124,7 @@ def test_any_command_line_is_understood_or_refused(words):
         ("--mesh data=3", "`--batch-size` must be a multiple of 3 devices times 1"),
         ("--accumulate 0", "`--accumulate` must be at least 1, got 0"),
         ("--accumulate 5", "`--batch-size` must be a multiple of 1 devices times 5"),
-        ("--processes 2", "`--processes` is of no use without `--distributed`"),
+        ("--processes 2", "`--processes` has no effect without `--distributed`"),
         (
             "--distributed --processes 2 --process-id 2",
             "`--process-id` must be below `--processes`, 2, got 2",

@@ -113,10 +113,10 @@ DATA = {"digest": "1", "pictures": {"cup": 3, "mug": 3}}
 @pytest.mark.parametrize(
     ("digest", "pictures", "message"),
     [
-        ("2", {"cup": 4, "mug": 3}, r"\(cup had 3 and has 4\): give another"),
+        ("2", {"cup": 4, "mug": 3}, r"\(cup had 3 and has 4\): set another"),
         ("2", {"cup": 3}, r"\(mug had 3 and has none\)"),
         ("2", {**DATA["pictures"], "jar": 1}, r"\(jar had none and has 1\)"),
-        ("2", DATA["pictures"], r"\(as many of each class, but not the same\)"),
+        ("2", DATA["pictures"], r"\(equal numbers, but other pictures\)"),
     ],
 )
 def test_a_run_on_other_pictures_is_refused(tmp_path, digest, pictures, message):
@@ -157,7 +157,7 @@ def test_damaged_results_are_not_complete(tmp_path, text):
         (each.path / "cells" / "a.json").write_text(text)
         assert each.result("a") is None
     assert folder.open_folder(ours, {}) == [
-        f"{path / 'cells' / 'a.json'} was damaged: that training is done anew."
+        f"{path / 'cells' / 'a.json'} was damaged: that training is repeated."
         for path in (made.path, made.path / "tune")
     ]
     assert folder.open_folder(ours, {}) == []
@@ -169,7 +169,7 @@ def test_a_damaged_machine_is_the_present_one(tmp_path, text):
     ours, path = config.Config(run_dir=tmp_path), tmp_path / "machine.json"
     folder.open_folder(ours, {"date": "first"})
     path.unlink() if text is None else path.write_text(text)
-    note = f"{path} was damaged: it is of now."
+    note = f"{path} was damaged and replaced."
     assert folder.open_folder(ours, {"date": "second"}) == [note]
     assert json.loads(path.read_text()) == {"date": "second"}
 

@@ -305,6 +305,7 @@ def test_the_default_run_keeps_its_numbers_and_its_name():
     assert name.startswith("folder-home-me-my-photos-")
 
 
+@pytest.mark.e2e
 def test_thirty_photographs_of_each_of_three_classes(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(SOURCES, "tiny", tiny_network.TINY)
     monkeypatch.setattr("dtnh_jax.finetune.directories.keep_compiled", lambda _: None)
@@ -319,7 +320,7 @@ def test_thirty_photographs_of_each_of_three_classes(capsys, monkeypatch, tmp_pa
     out, _ = capsys.readouterr()
     assert out.count("1 files can not be read and are left out: cup/029.png.") == 1
     assert "Head: the source's, of 7 classes, is replaced by one of 3" in out
-    assert "20 for training, 0 for validation, 9 to test on" in out
+    assert "20 for training, 0 for validation, 9 for the test" in out
     results = json.loads((run_dir / "results.json").read_text())
     assert results["class_names"] == ["cup", "glass", "mug"]
     assert results["config"]["train_per_class"] == 20
@@ -331,7 +332,7 @@ def test_thirty_photographs_of_each_of_three_classes(capsys, monkeypatch, tmp_pa
     cell.write_text("")
     assert main(arguments) == 0
     out, _ = capsys.readouterr()
-    assert f"{cell} was damaged: that training is done anew.\n" in out
+    assert f"{cell} was damaged: that training is repeated.\n" in out
     found, expected = json.loads((run_dir / "results.json").read_text()), results
     assert {**found, "measured": 0} == {**expected, "measured": 0}
 

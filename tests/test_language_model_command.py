@@ -11,7 +11,7 @@ import pytest
 import tiny_language_model as tiny
 
 from dtnh_jax._cli import main
-from dtnh_jax.lm import optimizers, results
+from dtnh_jax.lm import optimizers, paths
 
 SMALL = ["--context", "32", "--test-rows", "4", "--rank", "2", "--batch-size", "4"]
 LOSSES = ("target_loss", "kept_loss", "target_kl", "kept_kl")
@@ -73,6 +73,7 @@ def losses_of(found, method, strength=0.0):
     return np.array([cell[key] for key in LOSSES])
 
 
+@pytest.mark.e2e
 def test_at_strength_zero_every_method_is_plain_adapters(run_dir):
     found = read(run_dir)
     plain = losses_of(found, "lora")
@@ -82,6 +83,7 @@ def test_at_strength_zero_every_method_is_plain_adapters(run_dir):
         )
 
 
+@pytest.mark.e2e
 def test_all_the_way_back_is_the_base_model(run_dir):
     found = read(run_dir)
     base = [found["base"][key] for key in LOSSES]
@@ -89,6 +91,7 @@ def test_all_the_way_back_is_the_base_model(run_dir):
     np.testing.assert_allclose(base[2:], 0.0, atol=1e-6)
 
 
+@pytest.mark.e2e
 def test_training_learns_and_regularizers_hold_back(run_dir):
     found = read(run_dir)
     base = np.array([found["base"][key] for key in LOSSES])
@@ -99,6 +102,7 @@ def test_training_learns_and_regularizers_hold_back(run_dir):
         assert 0 < target_kl < 0.95 * plain[2], name
 
 
+@pytest.mark.e2e
 def test_the_report_has_a_row_for_everything_and_costs_for_what_was_trained(run_dir):
     found = read(run_dir)
     rows = [(row["method"], row["strength"]) for row in found["rows"]]
@@ -116,7 +120,7 @@ def test_the_report_has_a_row_for_everything_and_costs_for_what_was_trained(run_
         assert cost["temporary_bytes"] > 0
     assert found["costs"]["kl"]["temporary_bytes_to_kl"] == 1.0
     text = (run_dir / "report.md").read_text()
-    assert text.count("\n| kl+dtnh | ") == 3
+    assert text.count("\n| kl+dtnh | ") == 4
     assert (run_dir / "forgetting.png").stat().st_size > 5000
     lines = [
         json.loads(x) for x in (run_dir / "metrics.jsonl").read_text().splitlines()
@@ -125,8 +129,13 @@ def test_the_report_has_a_row_for_everything_and_costs_for_what_was_trained(run_
     errors = [x["held_out_error"] for x in lines if x["method"] == "kl+never_hurt"]
     assert len(errors) == 6
     assert all(0 < error < 1 for error in errors)
+    trusts = [x["trust"] for x in lines if x["method"] == "kl+never_hurt"]
+    assert all(0.01 <= trust <= 3 for trust in trusts)
+    removed = [x["removed"] for x in lines if x["method"] == "kl+dtnh"]
+    assert all(0 <= share <= 1 for share in removed)
 
 
+@pytest.mark.e2e
 def test_a_run_goes_on_with_the_cell_it_was_at(files, run_dir, capsys):
     before = read(run_dir)
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
@@ -200,8 +209,8 @@ def test_numbers_that_are_not_finite_stop_it(files, tmp_path, capsys):
         (["--methods", "lora", "lora"], "`--methods` must name each once"),
         (["--methods", "wise_ft"], "`--methods wise_ft` needs lora"),
         (["--adapt", "q", "w"], "`--adapt` must be one of q, k, v, o"),
-        (["--strength", "masked_kl=1"], "`--strength masked_kl` is of no use: no"),
-        (["--strength", "lora=1"], "is of no use: it has no strength"),
+        (["--strength", "masked_kl=1"], "`--strength masked_kl` has no effect: no"),
+        (["--strength", "lora=1"], "has no effect: it has no strength"),
         (["--strength", "kl=1,-1"], "must be at least 0 and finite, got -1.0"),
         (["--strength", "wise_ft=2"], "must be from 0 to 1, got 2.0"),
         (["--steps", "0"], "`--steps` must be at least 1, got 0"),
@@ -266,11 +275,40 @@ def test_losses_are_compared_at_the_same_target_loss():
     base = {"target_loss": 4.0, "kept_loss": 2.0}
 
     def above(curve, target, kept):
-        return results._above(curve, cell("other", 1.0, target, kept), base, cells)
+        return paths.above(curve, cell("other", 1.0, target, kept), base, cells)
 
     assert above("wise_ft", 3.25, 2.5) == pytest.approx(0.1)  # halfway: 2.4
     assert above("wise_ft", 3.75, 2.0) == pytest.approx(-0.1)  # to the base: 2.1
     assert above("kl", 3.1, 2.4) == pytest.approx(-0.05)
     assert above("kl", 3.3, 2.4) is None
     assert above("wise_ft", 2.9, 2.4) is None
-    assert results._above("kl", cells[1], base, cells[:2]) is None
+    assert paths.above("kl", cells[1], base, cells[:2]) is None
+
+
+def test_what_is_forgotten_at_shares_of_the_gain():
+    def cell(method, strength, seed, target, kept):
+        losses = {"target_loss": target, "kept_loss": kept, "kept_kl": kept - 2}
+        return {"method": method, "strength": strength, "seed": seed, **losses}
+
+    base = {"target_loss": 4.0, "kept_loss": 2.0, "kept_kl": 0.0}
+    cells = [
+        cell("lora", 0.0, 0, 3.0, 2.6),
+        cell("lora", 0.0, 1, 2.0, 2.8),
+        cell("wise_ft", 0.5, 0, 3.5, 2.2),
+        cell("wise_ft", 0.5, 1, 3.0, 2.4),
+        cell("kl", 1.0, 0, 3.25, 2.2),
+        cell("kl", 1.0, 1, 2.2, 2.2),
+    ]
+    found = paths.at_shares(("lora", "kl", "wise_ft"), base, cells)
+    assert list(found) == ["kl", "wise_ft"]
+    half, three_quarters, most = found["wise_ft"]
+    assert (half["share"], half["target_loss"].mean) == (0.5, 3.25)
+    assert half["forgotten"].mean == pytest.approx((0.2 + 0.4) / 2)
+    # Halfway from the point at half of the gain to that of plain adapters.
+    assert three_quarters["forgotten"].mean == pytest.approx((0.4 + 0.6) / 2)
+    assert most["kept_kl"].mean == pytest.approx((0.52 + 0.72) / 2)
+    half, three_quarters, most = found["kl"]
+    assert half["forgotten"] is None  # no strength comes there
+    assert three_quarters["forgotten"] is None  # one of the seeds does not
+    assert most["forgotten"].mean == pytest.approx((0.44 + 0.2) / 2)
+    assert paths.at_shares(("kl",), base, cells[4:]) == {}

@@ -359,7 +359,7 @@ def test_a_layer_that_is_called_twice_has_two_features():
         (["first", "secnd"], r"got 'secnd'\. Near it are 'second'"),
         (["Block_0/conv"], r"got 'Block_0/conv'\. Near it are .*'first/conv'"),
         (["?"], r"There are 'Dropout_0', 'first', 'first/conv', 'first/norm', 'head'"),
-        (lambda path: False, "`layers` must pick out a layer .* among 'Dropout_0'"),
+        (lambda path: False, "`layers` must select a layer .* among 'Dropout_0'"),
     ],
 )
 def test_missing_layers_are_answered_with_near_ones(layers, says):

@@ -173,7 +173,7 @@ def test_other_variables_can_be_differentiated():
     run = value_and_gradient_pair(objective, wrt=wrt)
     _, pair = nnx.jit(run)(model, teacher, X, Y)
     assert set(pair.loss) == set(pair.regularizer) == {"head"}
-    with pytest.raises(ValueError, match="`wrt` must pick out variables of the model"):
+    with pytest.raises(ValueError, match="`wrt` must select variables of the model"):
         value_and_gradient_pair(objective, wrt=nnx.LoRAParam)(model, teacher, X, Y)
 
 
@@ -263,7 +263,7 @@ def test_a_layer_that_is_called_twice_has_two_features():
     [
         (["blocks/2"], r"got 'blocks/2'\. Near it are 'blocks/[01]'"),
         (["?"], "There are 'blocks', 'blocks/0', 'blocks/0/dense'"),
-        (lambda path: False, "`layers` must pick out a layer .* among 'blocks'"),
+        (lambda path: False, "`layers` must select a layer .* among 'blocks'"),
     ],
 )
 def test_missing_layers_are_answered_with_near_ones(layers, says):

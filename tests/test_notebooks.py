@@ -49,6 +49,7 @@ def test_there_are_no_other_notebooks():
     assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == list(NAMES)
 
 
+@pytest.mark.e2e
 @each_notebook
 def test_a_notebook_runs_in_its_fast_mode(name):
     notebook = load(name)

@@ -257,10 +257,11 @@ def test_a_long_name_of_a_class_ends_where_the_next_begins():
     assert first.x1 < second.x0
 
 
-def test_what_is_forgotten_is_counted_at_the_lowest_target_loss():
+def test_what_is_learned_and_forgotten_at_most_is_in_the_title():
     curves = {"kl": [(3.5, 2.1), (3.2, 2.4)], "lora": [(3.0, 2.6)]}
     figure = plots.forgetting(curves, (4.0, 2.0))
-    assert figure.get_suptitle() == "Forgotten: from +0.40 (kl) to +0.60 (lora) nats"
+    title = "Target loss from 4.00 to 3.00, forgotten up to +0.60 nats"
+    assert figure.get_suptitle() == title
     first, second, base, _ = figure.axes[0].lines
     assert first.get_xydata().tolist() == [[3.2, 2.4], [3.5, 2.1]]
     assert second.get_marker() != first.get_marker()

@@ -160,7 +160,7 @@ def test_leaves_that_are_masked_out_have_no_anchor():
 
 def test_a_fisher_must_be_there_for_every_pretrained_leaf():
     pull = l2_sp_fisher(fisher={**FISHER, "head": {"bias": None}})
-    with pytest.raises(ValueError, match=r"wherever a leaf is not new.*'head/bias'"):
+    with pytest.raises(ValueError, match=r"every leaf that is not new.*'head/bias'"):
         pull.gradient(random_tree(1), pull.anchor(random_tree(0)))
     pull = l2_sp_fisher(fisher={**FISHER, "head": {"bias": None}}, new=["head"])
     params = random_tree(1)

@@ -65,6 +65,7 @@ def test_masked_kl_is_that_of_the_alternatives(direction, shape, dtype):
 def test_masked_kl_does_not_move_the_labels_logit(direction):
     logits, reference, labels = make()
 
+    @jax.jit
     def function(x):
         return masked_kl(x, reference, labels, direction=direction)
 
@@ -115,6 +116,7 @@ def test_top_k_kl_is_that_of_k_tokens_and_the_rest(direction):
     got = top_k_kl(logits, stored, mask=mask, direction=direction)
     np.testing.assert_allclose(got, np.sum(mask * each) / mask.sum(), rtol=1e-5)
 
+    @jax.jit
     def function(x):
         return top_k_kl(x, stored, direction=direction)
 

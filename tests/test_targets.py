@@ -11,7 +11,7 @@ from PIL import Image
 
 from dtnh_jax.finetune import directories
 from dtnh_jax.finetune.config import Config
-from dtnh_jax.finetune.data import targets
+from dtnh_jax.finetune.data import splitting, targets
 from dtnh_jax.finetune.data.class_folders import load_folder
 from dtnh_jax.finetune.data.pictures import UnreadableError
 from dtnh_jax.finetune.runs.checks import check
@@ -54,8 +54,29 @@ def test_elpv_reads_as_the_package_does(elpv):
         assert example["label"] == elpv.labels[index] == float(probability)
 
 
+def test_doubtful_labels_are_for_training_alone(elpv, tmp_path):
+    doubtful = targets.load_target("elpv-doubtful", data_dir=tmp_path)
+    assert np.bincount(doubtful.labels).tolist() == [1508 + 295, 715 + 106]
+    assert doubtful.splits is not None
+    assert sorted(np.concatenate(doubtful.splits)) == list(range(2624))
+    assert "22% of the pictures for training" in doubtful.notes[0]
+    config = Config(target="elpv-doubtful", train_per_class=50)
+    drawn = splitting.draw(doubtful, splitting.sizes(doubtful, config))
+    plain = Config(train_per_class=50, validation_per_class=100, test_per_class=300)
+    known = splitting.draw(elpv, splitting.sizes(elpv, plain))
+    for row in (0, -1):
+        ours, theirs = int(drawn.test[row]), int(known.test[row])
+        assert doubtful.examples[ours]["label"] == elpv.examples[theirs]["label"]
+        np.testing.assert_array_equal(
+            doubtful.examples[ours]["image"], elpv.examples[theirs]["image"]
+        )
+    assert np.bincount(doubtful.labels[drawn.test]).tolist() == [300, 300]
+    labels = {doubtful.examples[int(i)]["label"] for i in drawn.train[:20]}
+    assert labels <= {0, 1}
+
+
 def test_an_unknown_target_is_told_the_known():
-    with pytest.raises(ValueError, match="must be one of 'elpv', 'folder:PATH', 'tfds"):
+    with pytest.raises(ValueError, match="must be one of 'elpv', 'elpv-doubtful', 'fo"):
         targets.load_target("imagenet")
 
 

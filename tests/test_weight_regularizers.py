@@ -466,7 +466,7 @@ def test_weight_regularizers_say_what_does_not_match(make):
     params, source = params_and_source()
     with pytest.raises(ValueError, match="`new_strength` must be at least 0, got -1"):
         make(source, new_strength=-1.0)
-    with pytest.raises(ValueError, match=r"`new` must pick out a leaf.*body/kernel"):
+    with pytest.raises(ValueError, match=r"`new` must select a leaf.*body/kernel"):
         make(source, new=lambda path: path == "nothing")
     with pytest.raises(ValueError, match=r"got 'haed',.*Near it are.*'head'"):
         make(source, new=["head", "haed"])
@@ -491,7 +491,7 @@ def test_the_fisher_is_checked():
     for wrong, message in [
         ({"body": FISHER["body"]}, r"`fisher` must be a tree like.*'head/bias'"),
         (with_head(jnp.ones(3)), r"`fisher` must have the shapes.*'head/bias'"),
-        (with_head(None), r"an array wherever a leaf is not new.*'head/bias'"),
+        (with_head(None), r"an array for every leaf that is not new.*'head/bias'"),
         (with_head(jnp.array([1.0, -1e-3])), r"at least 0.*'head/bias'"),
         (with_head(jnp.array([1.0, np.nan])), r"must be finite.*'head/bias'"),
         (with_head(np.array([1.0, np.inf])), r"must be finite.*'head/bias'"),

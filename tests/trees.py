@@ -1,51 +1,64 @@
-"""Pairs of gradient trees for property tests: any structure, any scale."""
+"""Pairs of gradient trees for property tests: several structures, any scale.
+
+Pairs of one structure are stacked along a leading axis, so that a property of all of
+them takes one program, compiled once.
+"""
+
+from operator import itemgetter
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from hypothesis import strategies as st
 
-# A fixed choice of shapes, since each new one compiles every operation anew.
-SHAPES = st.lists(
-    st.sampled_from([(), (3,), (2, 3), (2, 1, 4)]), min_size=1, max_size=3
-)
+STRUCTURES = {
+    "one leaf": [(2, 3)],
+    "a scalar and a vector": ((), (3,)),
+    "nested": {"first": (2, 1, 4), "rest": {"0": (3,), "1": ()}},
+}
+KINDS = ("any", "any", "any", "opposed", "zero g", "zero r")
 
 
-@st.composite
-def pairs(draw, low: int = -3, high: int = 3):
-    """Two trees of one structure, with scales of `10**low` to `10**high` each.
+class _Pair(NamedTuple):
+    g: np.ndarray
+    r: np.ndarray
 
-    Some leaves are zero, some are antiparallel, so that every branch is met.
+
+def _is_shape(x):
+    return isinstance(x, tuple) and all(isinstance(size, int) for size in x)
+
+
+def pairs(structure: str, low: int = -3, high: int = 3, count: int = 100):
+    """Two trees of a structure, with leaves `[count, ...]`.
+
+    The gradients of a pair have scales of `10**low` to `10**high` each. Some leaves
+    are zero, some are antiparallel, so that every branch is met.
     """
-    shapes = draw(SHAPES)
-    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    g_scale, r_scale = (10.0 ** draw(st.integers(low, high)) for _ in range(2))
-    g, r = [], []
-    for shape in shapes:
-        x, y = random.standard_normal(shape), random.standard_normal(shape)
-        kind = draw(
-            st.sampled_from(["any", "any", "any", "opposed", "zero g", "zero r"])
+    random = np.random.default_rng(0)
+    scales = 10.0 ** random.integers(low, high + 1, (2, count))
+
+    def draw(shape):
+        ones = (1,) * len(shape)
+        x, y = random.standard_normal((2, count, *shape))
+        kind = random.choice(KINDS, count).reshape(count, *ones)
+        y = np.where(kind == "opposed", -x, y)
+        leaves = (np.where(kind == "zero g", 0, x), np.where(kind == "zero r", 0, y))
+        scaled = [leaf * s.reshape(count, *ones) for leaf, s in zip(leaves, scales)]
+        return _Pair(*[leaf.astype(np.float32) for leaf in scaled])
+
+    drawn = jax.tree.map(draw, STRUCTURES[structure], is_leaf=_is_shape)
+    return tuple(
+        jax.tree.map(itemgetter(i), drawn, is_leaf=lambda x: isinstance(x, _Pair))
+        for i in range(2)
+    )
+
+
+def lengths(*trees) -> np.ndarray:
+    """The largest norm among trees, of each pair: what rounding is relative to."""
+    squares = [
+        sum(
+            np.sum(np.asarray(x, np.longdouble) ** 2, axis=tuple(range(1, np.ndim(x))))
+            for x in jax.tree.leaves(tree)
         )
-        x, y = {
-            "any": (x, y),
-            "opposed": (x, -x),
-            "zero g": (0 * x, y),
-            "zero r": (x, 0 * y),
-        }[kind]
-        g.append(jnp.asarray(x * g_scale, jnp.float32))
-        r.append(jnp.asarray(y * r_scale, jnp.float32))
-    nest = draw(st.sampled_from([list, tuple, _nested]))
-    return nest(g), nest(r)
-
-
-def _nested(leaves):
-    return {"first": leaves[0], "rest": {str(i): x for i, x in enumerate(leaves[1:])}}
-
-
-def lengths(*trees) -> float:
-    """The largest norm among trees: what rounding errors are relative to."""
-    return max(
-        float(np.sqrt(sum(np.sum(np.asarray(x, np.longdouble) ** 2)
-                          for x in jax.tree.leaves(tree))))
         for tree in trees
-    )  # fmt: skip
+    ]
+    return np.sqrt(np.max(squares, axis=0))

@@ -1,1 +1,1 @@
-"""Outputs of layers in Flax networks that nobody changed: picked out and scaled."""
+"""Captures and scales the outputs of layers in unmodified Flax networks."""

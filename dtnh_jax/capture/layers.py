@@ -1,22 +1,22 @@
-"""Layers by name, for the features of Flax networks: picked out, or near misses."""
+"""Selects layers of Flax networks by name; errors suggest similar names."""
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-# Paths such as `encoder/block_3`, or a function that tells from a path.
+# Paths such as `encoder/block_3`, or a function from a path to a bool.
 Layers = Sequence[str] | Callable[[str], bool]
 
 
 def is_wanted(layers: Layers, path: str) -> bool:
-    """Whether a path is among the layers; the network itself, at "", never is."""
+    """Returns whether a path is among the layers; "", the network itself, never is."""
     if not path:
         return False
     return bool(layers(path)) if callable(layers) else path in layers
 
 
 def holds_wanted(layers: Layers, path: str) -> bool:
-    """Whether a path, or that of one layer of a scan there, is among the layers."""
+    """Returns whether a path, or one of a scan's layers there, is among the layers."""
     if callable(layers) or is_wanted(layers, path):
         return is_wanted(layers, path)
     return any(
@@ -30,7 +30,7 @@ def _is_index(path: str) -> bool:
 
 
 def check_layers(layers: Layers) -> None:
-    """Raises TypeError for a lone string, which would be taken for its letters."""
+    """Raises TypeError for a string, which would count as a sequence of letters."""
     if isinstance(layers, str):
         raise TypeError(
             "`layers` must be a sequence of paths, or a function of a path, got the "
@@ -39,12 +39,12 @@ def check_layers(layers: Layers) -> None:
 
 
 def without_call(path: str) -> str:
-    """The layer whose output Flax stores at a path: its own is named `__call__`."""
+    """Returns the path of the layer whose output Flax stores at `path`."""
     return "" if path == "__call__" else path.removesuffix("/__call__")
 
 
 def single(value: Any) -> Any:
-    """Unpacks what Flax keeps of a layer that was called once."""
+    """Unpacks the tuple of a layer that was called once."""
     is_single = isinstance(value, tuple) and len(value) == 1
     return value[0] if is_single else value
 
@@ -55,16 +55,16 @@ def pick_layers(
     all_names: Callable[[], Sequence[str]],
     why_lost: str = "",
 ) -> dict[str, Any]:
-    """Returns the features of the layers, in the order in which they are asked for.
+    """Returns the features of the layers, in the order of `layers`.
 
     Args:
-      layers: paths, or a function that tells from a path.
-      found: what was captured, by path, and there by index: `""` where there is none.
-      all_names: returns every path that there is. Called only if one is missing.
-      why_lost: why a layer at one of these paths is not in `found`.
+      layers: paths, or a function from a path to a bool.
+      found: captured values by path, then by index; `""` if there is no index.
+      all_names: returns all paths. Called only if one is missing.
+      why_lost: explanation for a layer that runs but is not in `found`.
 
     Raises:
-      ValueError: if a layer is missing, with the paths that are most like it.
+      ValueError: a layer is missing; the error names the most similar paths.
     """
     names = {
         path: {index: f"{path}/{index}" if index else path for index in parts}
@@ -79,7 +79,7 @@ def pick_layers(
         wanted = [path for path in found if is_wanted(layers, path)]
         if not wanted:
             raise ValueError(
-                "`layers` must pick out a layer of the network, got none among "
+                "`layers` must select a layer of the network, got none among "
                 f"{_listed(sorted(layer_names()))}."
             )
         return {name: flat[name] for path in wanted for name in names[path].values()}

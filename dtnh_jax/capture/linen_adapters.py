@@ -1,4 +1,4 @@
-"""The pretrained network inside of the adapted parameters of Flax linen."""
+"""Recovers the pretrained network from adapted parameters of Flax linen."""
 
 from typing import Any, TypeVar
 
@@ -11,20 +11,20 @@ T = TypeVar("T")
 def without_adapters(params: T, *, b: str = "lora_b") -> T:
     """Returns the parameters of the pretrained network, without a copy of its weights.
 
-    With low-rank adapters the pretrained weights are still there, so a reference model
-    costs a forward pass and no memory. In the tree that is returned the second factors
-    of all adapters are zero; all other leaves are those of `params`.
+    Low-rank adapters leave the pretrained weights unchanged, so a reference model costs
+    a forward pass and no memory. In the returned tree, the second factors of all
+    adapters are zero; all other leaves are those of `params`.
 
     Args:
-      params: of a network with adapters, or all its variables.
-      b: how the names of second factors end; by default those of qwix, such as
+      params: parameters of a network with adapters, or all its variables.
+      b: suffix of the second factors' names. The default matches those of qwix, such as
         `"kernel_lora_b"`, and of Flax, `"lora_b"`.
 
     Returns:
       A tree like `params`, for the same `model.apply`.
 
     Raises:
-      ValueError: if no leaf has such a name.
+      ValueError: no leaf has such a name.
 
     Example:
       >>> import jax.numpy as jnp

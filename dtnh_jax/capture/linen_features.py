@@ -1,4 +1,4 @@
-"""Outputs of layers of Flax linen networks that nobody changed."""
+"""Captures the outputs of layers of unmodified Flax linen networks."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -16,31 +16,31 @@ from dtnh_jax.capture.layers import Layers
 def capture_features(
     model: nn.Module, layers: Layers, *, collection: str = "intermediates"
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
-    """Makes `model.apply` return the outputs of some layers too.
+    """Makes `model.apply` also return the outputs of some layers.
 
-    The network need not be written for it. What a network sows by itself counts as a
-    layer too: its path is that of the module, with the name of the value at the end.
+    The network needs no changes. A value that a network sows counts as a layer: its
+    path is that of the module, followed by the value's name.
 
-    Layers in an `nn.scan` or `nn.vmap` are captured one by one, with their index at the
-    end of the path: `"blocks/mlp"` has the features `"blocks/mlp/0"`, `"blocks/mlp/1"`
-    and so on, and each of them can be asked for. The transformation has to pass them
-    on: `variable_axes={"params": 0, "intermediates": 0}`. Of a body that returns
-    `(carry, None)` the feature is the carry.
+    Layers in an `nn.scan` or `nn.vmap` are captured separately, and their paths end in
+    an index: `"blocks/mlp"` has the features `"blocks/mlp/0"`, `"blocks/mlp/1"` and so
+    on. Each can also be selected by itself. The transformation must pass them on:
+    `variable_axes={"params": 0, "intermediates": 0}`. If a body returns
+    `(carry, None)`, the feature is the carry.
 
     Args:
       model: the network.
-      layers: paths of layers such as `"encoder/block_3"`, or a function that tells
-        from a path, without an index, whether the layer is wanted.
-      collection: where to look for values that the network sows.
+      layers: paths of layers such as `"encoder/block_3"`, or a function that maps a
+        path without an index to whether the layer is captured.
+      collection: name of the collection in which the network sows values.
 
     Returns:
-      A function with the arguments of `model.apply`. It returns what `model.apply`
-      does, and a dict of features by path; of a layer that is called more than once,
-      a tuple of them.
+      A function with the arguments of `model.apply`. It returns the output of
+      `model.apply`, and a dict of features by path; for a layer that is called more
+      than once, a tuple.
 
     Raises:
-      TypeError: if `layers` is a string.
-      ValueError: on calling, if a layer is missing, with the paths that are like it.
+      TypeError: `layers` is a string.
+      ValueError: at the call, a layer is missing; the error names similar paths.
 
     Example:
       >>> import flax.linen as nn, jax.numpy as jnp
@@ -55,7 +55,7 @@ def capture_features(
     sown = {"intermediates", collection}
 
     def apply(variables, *args, mutable: Any = False, **kwargs):
-        # Were they passed in, linen would append to the features of earlier calls.
+        # If they were passed in, linen would append to the features of earlier calls.
         variables = {name: x for name, x in variables.items() if name not in sown}
 
         def run(is_wanted):
@@ -81,8 +81,8 @@ def capture_features(
             return sorted(names)
 
         lost = (
-            ", which runs inside of a transformation such as `nn.scan` that does not "
-            f"pass it on. Add {collection!r} to that transformation's `variable_axes`."
+            ", which runs inside a transformation such as `nn.scan` that does not pass "
+            f"it on. Add {collection!r} to that transformation's `variable_axes`."
         )
         features = _layers.pick_layers(layers, found, all_names, lost)
         if mutable is False:
@@ -108,10 +108,10 @@ def _run(
     sown: set[str],
     is_wanted: Callable[[str], bool],
 ) -> _Ran:
-    """Runs a network, captures layers by path and what it sows in some collections."""
+    """Runs a network; captures layers by path, and sown values of some collections."""
 
     def mark(method, args, kwargs, context):
-        """Sows marks beside all that is captured of a module, see `stacks`."""
+        """Sows a mark beside each captured value of a module, see `stacks`."""
         module, output = context.module, method(*args, **kwargs)
         if module.scope is None or context.method_name == "setup":
             return output
@@ -151,7 +151,7 @@ def _run(
 
 
 def _own(module: nn.Module, sown: set[str]) -> Iterator[tuple[str, str, Any]]:
-    """Yields what a module has sown by itself: collection, name and value."""
+    """Yields collection, name and value of a module's own sown values."""
     variables = module.scope.variables() if module.scope else {}
     for collection in sown & set(variables):
         for name, value in variables[collection].items():
@@ -161,7 +161,7 @@ def _own(module: nn.Module, sown: set[str]) -> Iterator[tuple[str, str, Any]]:
 
 
 def _carries(outputs: Any) -> Any:
-    """Returns what calls of a scan's body returned, without outputs that are None."""
+    """Returns the outputs of a scan's body; only the carry if the rest is None."""
     if not isinstance(outputs, tuple):
         return outputs
     return tuple(

@@ -1,4 +1,4 @@
-"""Channels of Flax linen layers scaled, in networks that nobody changed."""
+"""Scales channels of layers in unmodified Flax linen networks."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,25 +14,24 @@ from dtnh_jax.capture.layers import Layers
 def scale_features(model: nn.Module, layers: Layers) -> Callable[..., Any]:
     """Makes `model.apply` multiply the outputs of some layers, channel by channel.
 
-    The network need not be written for it. A scale of 1 leaves a channel as it is, 0
-    drops it: so `regularizers.channel_attention` measures what it is worth. The output
-    of a layer that is called more than once is multiplied each time.
+    The network needs no changes. A scale of 1 keeps a channel, 0 drops it;
+    `regularizers.channel_attention` uses that to measure each channel's importance. The
+    output of a layer that is called more than once is multiplied each time.
 
     Args:
       model: the network.
-      layers: paths of layers such as `"encoder/block_3"`, or a function that tells
-        from a path whether the layer is wanted.
+      layers: paths of layers such as `"encoder/block_3"`, or a function that maps a
+        path to whether the layer is scaled.
 
     Returns:
       A function of `(variables, scales, ...)` with the other arguments of
-      `model.apply`, that returns what `model.apply` does. `scales` is a dict of
+      `model.apply`, that returns the output of `model.apply`. `scales` is a dict of
       `[channels]` by path, for the last axis of each layer's output.
 
     Raises:
-      TypeError: if `layers` is a string; on calling, if the output of a layer is no
-        array.
-      ValueError: on calling, if a layer is missing, with the paths that are like it,
-        or if the scales are not those of the layers and channels.
+      TypeError: `layers` is a string; at the call, the output of a layer is no array.
+      ValueError: at the call, a layer is missing (the error names similar paths), or
+        the scales do not match the layers and channels.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -49,7 +48,7 @@ def scale_features(model: nn.Module, layers: Layers) -> Callable[..., Any]:
 
         def intercept(method, args, kwargs, context):
             path = "/".join(context.module.path)
-            # A call of the base class by a layer is not one more layer.
+            # A layer's call of its base class is not another layer.
             if context.method_name != "__call__" or path in running:
                 return method(*args, **kwargs)
             running.add(path)

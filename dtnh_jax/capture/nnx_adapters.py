@@ -1,4 +1,4 @@
-"""The pretrained network inside of an adapted module of NNX."""
+"""Recovers the pretrained network from an adapted module of NNX."""
 
 from typing import Any, TypeVar
 
@@ -13,23 +13,22 @@ M = TypeVar("M", bound=nnx.Module)
 def without_adapters(model: M, *, adapters: filterlib.Filter = nnx.LoRAParam) -> M:
     """Returns the pretrained network of an adapted one, without a copy of its weights.
 
-    With low-rank adapters the pretrained weights are still there, so a reference model
-    costs a forward pass and no memory. In the module that is returned all adapters are
-    zero; all other variables hold the arrays of `model`. Call it where it is used,
-    inside of the train step: it is then a part of the compiled program, and changes of
-    `model` between steps do not matter.
+    Low-rank adapters leave the pretrained weights unchanged, so a reference model costs
+    a forward pass and no memory. In the returned module all adapters are zero; all
+    other variables hold the arrays of `model`. Call this inside the train step: then
+    the compiled program uses the current `model` in every step.
 
     Args:
-      model: with adapters of `nnx.LoRA`, `nnx.LoRALinear` or qwix
+      model: a module with adapters of `nnx.LoRA`, `nnx.LoRALinear` or qwix
         (`qwix.apply_lora_to_model`).
-      adapters: filter of the variables that are zero without adapters.
+      adapters: filter of the variables that are set to zero.
 
     Returns:
-      A module of its own: what a call changes in it, such as counters of dropout, is
-      not changed in `model`.
+      A separate module: a call that changes it, for example its dropout counters, does
+      not change `model`.
 
     Raises:
-      ValueError: if `model` has no adapters.
+      ValueError: `model` has no adapters.
 
     Example:
       >>> import jax.numpy as jnp
@@ -47,9 +46,9 @@ def without_adapters(model: M, *, adapters: filterlib.Filter = nnx.LoRAParam) ->
     graphdef, adapted, rest = nnx.split(model, adapters, ...)
     if not jax.tree.leaves(adapted):
         raise ValueError(
-            f"`model` must have adapters, variables that {adapters!r} picks out, got "
+            f"`model` must have adapters, variables that {adapters!r} selects, got "
             f"none in this {type(model).__name__}."
         )
     zeros: Any = jax.tree.map(jnp.zeros_like, adapted)
-    # Variables of its own, which hold the same arrays.
+    # New variables that hold the same arrays.
     return nnx.merge(graphdef, zeros, rest, copy=True)

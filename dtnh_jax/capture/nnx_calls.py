@@ -1,4 +1,4 @@
-"""Calls of NNX layers, wrapped in networks that nobody changed; channels scaled."""
+"""Wraps calls of NNX layers and scales their channels, in unmodified networks."""
 
 import contextlib
 import functools
@@ -21,25 +21,24 @@ _lock = threading.RLock()
 def scale_features(model: nnx.Module, layers: Layers) -> Callable[..., Any]:
     """Makes a module multiply the outputs of some of its layers, channel by channel.
 
-    The network need not be written for it. A scale of 1 leaves a channel as it is, 0
-    drops it: so `regularizers.channel_attention` measures what it is worth. The output
-    of a layer that is called more than once is multiplied each time.
+    The network needs no changes. A scale of 1 keeps a channel, 0 drops it;
+    `regularizers.channel_attention` uses that to measure each channel's importance. The
+    output of a layer that is called more than once is multiplied each time.
 
     Args:
       model: the network.
-      layers: paths of layers such as `"encoder/blocks/3"`, or a function that tells
-        from a path whether the layer is wanted.
+      layers: paths of layers such as `"encoder/blocks/3"`, or a function that maps a
+        path to whether the layer is scaled.
 
     Returns:
       A function of `(scales, ...)` with the other arguments of `model`, that returns
-      what `model` does. `scales` is a dict of `[channels]` by path, for the last axis
-      of each layer's output.
+      the output of `model`. `scales` is a dict of `[channels]` by path, for the last
+      axis of each layer's output.
 
     Raises:
-      TypeError: if `layers` is a string; on calling, if the output of a layer is no
-        array.
-      ValueError: on calling, if a layer is missing, with the paths that are like it,
-        or if the scales are not those of the layers and channels.
+      TypeError: `layers` is a string; at the call, the output of a layer is no array.
+      ValueError: at the call, a layer is missing (the error names similar paths), or
+        the scales do not match the layers and channels.
 
     Example:
       >>> import jax.numpy as jnp
@@ -89,7 +88,7 @@ def wrapped_calls(
     """
     with _lock:
         own = {cls: vars(cls).get("__call__") for cls in classes}
-        # All are looked up before any is replaced, for they may inherit from another.
+        # Look up all methods before replacing any: a class may inherit from another.
         wrapped = {cls: _wrapped(cls, cls.__call__, after) for cls in classes}
         try:
             for cls in classes:
@@ -109,7 +108,7 @@ def _wrapped(
     @functools.wraps(method)
     def call(self, *args, **kwargs):
         output = method(self, *args, **kwargs)
-        # Not where a subclass calls its base class.
+        # Not for a subclass's call of its base class.
         return after(self, output) if type(self) is cls else output
 
     return call

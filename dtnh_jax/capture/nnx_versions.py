@@ -1,4 +1,4 @@
-"""What versions of NNX do in different ways, from flax 0.12.0 on."""
+"""Differences between versions of NNX, from flax 0.12.0 on."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,7 +10,7 @@ _MARK = "_dtnh_is_captured"  # before `nnx.capture`: an attribute of modules
 
 
 def value_of(variable: Any) -> Any:
-    """The array of a variable."""
+    """Returns the array of a variable."""
     return variable.get_value() if hasattr(variable, "get_value") else variable.value
 
 
@@ -22,13 +22,13 @@ def modules_of(model: nnx.Module) -> Iterator[tuple[tuple[Any, ...], nnx.Module]
 def captured(
     network: nnx.Module, run: Callable[[nnx.Module], Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """Runs a network, and returns what it sowed as intermediates, by path."""
+    """Runs a network, and returns its sown intermediates by path."""
     if _HAS_CAPTURE:
         output, state = nnx.capture(run, nnx.Intermediate)(network)
     else:
         for _, module in modules_of(network):
             setattr(module, _MARK, True)
-        nnx.pop(network, nnx.Intermediate)  # of earlier calls
+        nnx.pop(network, nnx.Intermediate)  # those of earlier calls
         output = run(network)
         state = nnx.pop(network, nnx.Intermediate)
     flat = nnx.to_flat_state(state)
@@ -36,7 +36,7 @@ def captured(
 
 
 def sown_by(module: Any) -> dict[str, Any] | None:
-    """What a module has sown so far; None in networks of which nothing is captured."""
+    """Returns a module's sown values so far; None if the network captures nothing."""
     if not _HAS_CAPTURE:
         found = {
             name: value_of(x)

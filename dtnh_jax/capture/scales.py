@@ -8,11 +8,11 @@ import jax.numpy as jnp
 
 
 def scale(output: Any, scales: Mapping[str, Any], path: str) -> jax.Array:
-    """Multiplies the output of the layer at a path, in its dtype.
+    """Multiplies the output of the layer at a path, in the output's dtype.
 
     Raises:
-      TypeError: if the output is no array.
-      ValueError: if there are no scales for its channels.
+      TypeError: the output is no array.
+      ValueError: there are no scales for its channels.
     """
     shape = getattr(output, "shape", None)
     if not shape:
@@ -36,9 +36,9 @@ def scale(output: Any, scales: Mapping[str, Any], path: str) -> jax.Array:
 
 
 def check_all_used(scales: Mapping[str, Any], used: Iterable[str]) -> None:
-    """Raises ValueError if there are scales of layers that were not scaled."""
+    """Raises ValueError if some scales belong to no scaled layer."""
     unused = sorted(set(scales) - set(used))
     if unused:
         raise ValueError(
-            f"`scales` must be of the layers {sorted(used)} alone, got {unused} too."
+            f"`scales` must only have the layers {sorted(used)}, got {unused} too."
         )

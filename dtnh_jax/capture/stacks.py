@@ -1,8 +1,8 @@
-"""Features that came out of a scan or `vmap` over layers, as one array, taken apart.
+"""Splits stacked features of a scan or `vmap` over layers into features of each layer.
 
-What a layer inside returns has the shape that the layer knows, and is stacked along
-some axis on its way out. A mark goes beside it: an array of as many axes, all of length
-0. Outside, the axes of the mark that have a length are those of layers.
+A scan stacks the output of a layer along an axis that the layer does not know. So each
+output is sown with a mark: an array with as many axes, all of length 0. Outside the
+scan, the axes of the mark whose length is not 0 are those of layers.
 """
 
 from typing import Any
@@ -11,26 +11,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-SUFFIX = "#axes"  # of the name of a mark; no attribute of a module has it
+SUFFIX = "#axes"  # end of a mark's name; no attribute of a module can have it
 
 
 def marks(tree: Any) -> Any:
-    """Returns a mark for each array, inside of the scan."""
+    """Returns a mark for each array, inside the scan."""
     return jax.tree.map(
         lambda x: jnp.zeros((0,) * x.ndim, bool) if hasattr(x, "ndim") else x, tree
     )
 
 
 def unstacked(value: Any, mark: Any) -> dict[str, Any]:
-    """Takes features apart where they are stacked.
+    """Splits features along the axes of layers.
 
     Args:
       value: a tree of arrays.
-      mark: a tree like it, of marks; anything else is the mark of no stack.
+      mark: a tree of marks like `value`; any other value means that nothing is stacked.
 
     Returns:
       The features of each layer by its index, such as `"3"`, or `"1/3"` in nested
-      scans. Of what is not stacked, and has no index, the only one is at `""`.
+      scans. Features that are not stacked are at `""`.
     """
     leaves, treedef = jax.tree.flatten(value)
     if jax.tree.structure(mark) != treedef:
@@ -48,11 +48,11 @@ def unstacked(value: Any, mark: Any) -> dict[str, Any]:
 
 
 def _apart(x: Any, mark: tuple[int, ...]) -> list[Any]:
-    """Cuts an array along the axes of layers, the first one first."""
+    """Splits an array along the axes of layers, the first axis first."""
     found = [x]
     axes = [axis for axis, length in enumerate(mark) if length]
     for done, axis in enumerate(axes):
-        # Of one split the derivative is one concatenation; of slices, a sum of pads.
+        # The derivative of a split is one concatenation; that of slices a sum of pads.
         cut = [jax.lax.split(y, [1] * mark[axis], axis - done) for y in found]
         found = [jnp.squeeze(y, axis - done) for parts in cut for y in parts]
     return found

@@ -1,6 +1,6 @@
-"""Fine-tunes real pretrained networks on real photographs: the command `dtnh`.
+"""The command `dtnh`: fine-tunes pretrained networks on photographs.
 
-Packages import only those before them: data, models, weights, training, runs, reports.
-The options (`config`, `methods`) come before all of them, `command` after. Nothing here
-is needed to use the library itself.
+Each package imports only earlier ones of data, models, weights, training, runs and
+reports. The options (`config`, `methods`) come before all of them, `command` after. The
+library itself does not use this package.
 """

@@ -1,4 +1,4 @@
-"""`dtnh` without a further word: compares methods of fine-tuning."""
+"""`dtnh` without a subcommand: compares methods of fine-tuning."""
 
 from collections.abc import Sequence
 
@@ -15,10 +15,10 @@ def run(argv: Sequence[str]) -> int:
       argv: the arguments after `dtnh`.
 
     Returns:
-      The exit status, as `dtnh_jax._cli.main` says.
+      The exit status, as in `dtnh_jax._cli.main`.
     """
     config = tyro.cli(Config, prog="dtnh", args=list(argv))
-    # Here, because these import Flax and TFDS, for which `--help` should not wait.
+    # Imported here because `--help` should not wait for Flax and TFDS.
     from dtnh_jax.finetune.comparison import compare
     from dtnh_jax.finetune.runs import processes
     from dtnh_jax.finetune.runs.checks import check
@@ -32,5 +32,5 @@ def run(argv: Sequence[str]) -> int:
         return compare(config)
     try:
         return processes.leave(compare(config))
-    except Exception as error:  # the others would wait for one that is in trouble
+    except Exception as error:  # the other processes would wait for this one
         return processes.leave_at_once(error, config.folder)

@@ -1,7 +1,7 @@
-"""A whole run: data and weights are read, methods trained and tested, reports written.
+"""Runs a comparison: reads data and weights, trains and tests methods, writes reports.
 
-What can be wrong is said in one line; what can stop a run leaves a folder that the
-same command goes on from.
+Mistakes are reported in one line. An interruption leaves a folder from which the same
+command resumes.
 """
 
 from rich.console import Console
@@ -18,10 +18,10 @@ from dtnh_jax.finetune.training.loop import NotFiniteError
 
 
 def compare(config: Config) -> int:
-    """Runs everything that a configuration asks for; returns the exit status."""
+    """Runs the comparison of a configuration; returns the exit status."""
     console = Console(quiet=not processes.is_first())
     if not console.is_terminal:
-        console.width = 120  # of a log, where nothing has to fit
+        console.width = 120  # a log has no width of its own
     folder = Folder(config.folder)
     try:
         prepared, notes = _prepare(config)
@@ -39,15 +39,15 @@ def compare(config: Config) -> int:
 
 
 def _prepare(config: Config) -> tuple[preparation.Experiment, list[str]]:
-    """Checks, reads and opens what a run needs; says which files were damaged."""
+    """Checks options, reads data, opens the folder; returns notes on damaged files."""
     processes.on_first(lambda: check_folder(config))
     directories.keep_compiled(config)
     prepared = preparation.prepare(config)
     data = contents(prepared.target)
     if not processes.is_same(data["digest"]):
         raise ValueError(
-            f"{prepared.target.name} must be the same pictures in every process, got "
-            "others in some."
+            f"{prepared.target.name} must have the same pictures in every process, got "
+            "different ones."
         )
     notes = processes.on_first(lambda: open_folder(config, machine(), data))
     return prepared, notes

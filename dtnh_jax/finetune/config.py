@@ -1,4 +1,4 @@
-"""The options of a run, and what follows from them alone."""
+"""The options of a run, and values derived from them."""
 
 import dataclasses
 import hashlib
@@ -14,23 +14,22 @@ from dtnh_jax.finetune.methods import (
     DEFAULT_METHODS,
     DEFAULT_STRENGTH,
     METHODS,
-    REGULARIZERS,
     RULES,
 )
 from dtnh_jax.finetune.option_types import Mesh, Strengths
+from dtnh_jax.finetune.regularizers import REGULARIZERS
 
 _DEFAULT_STEPS, _DEFAULT_EPOCHS = 36, 12
 # For a target whose pictures are known; `splitting.sizes` counts those of the others.
-_OF_TARGET = {
-    "elpv": {
-        "train_per_class": 50,
-        "validation_per_class": 100,
-        "test_per_class": 300,
-    }
+_OF_ELPV = {
+    "train_per_class": 50,
+    "validation_per_class": 100,
+    "test_per_class": 300,
 }
+_OF_TARGET = {"elpv": _OF_ELPV, "elpv-doubtful": _OF_ELPV}
 _DEFAULT_RATES = {"sgd": 0.01, "adamw": 0.001}
-# These say where and how often files are written, and on how many devices it runs.
-# They change no result but for rounding, so a run may go on with others.
+# Options for files and devices. They change results only by rounding, so a run may
+# resume with other values of them.
 _OF_NO_CONSEQUENCE = (
     "run_dir",
     "data_dir",
@@ -50,33 +49,37 @@ _OF_NO_CONSEQUENCE = (
 class Config:
     """Fine-tunes a pretrained network on photographs, with and without DTNH.
 
-    Every method is trained with every seed and tested once, after its training. The
-    report, its figures and all numbers are written to the run folder. An interrupted
-    run goes on where it was when the same command is given again.
+    Trains every method with every seed, and tests each once after its training. Writes
+    the report, its figures and all numbers to the run folder. Run the same command
+    again to resume after an interruption.
     """
 
     source: str = "efficientnet-lite0"
-    """Pretrained network to start from: efficientnet-lite0 or -lite1 (ImageNet); with
-    weights of your own ARCHITECTURE:FILE, such as resnet50:weights.safetensors; or
-    MODULE:FUNCTION, which describes a network of your own."""
+    """Pretrained network: efficientnet-lite0 or efficientnet-lite1 (ImageNet);
+    ARCHITECTURE:FILE for your own weights, such as resnet50:weights.safetensors; or
+    MODULE:FUNCTION for your own network."""
     target: str = "elpv"
-    """Task to fine-tune on: elpv (solar cells, functional or defective); folder:PATH,
-    your own pictures, a folder for each class; tfds:NAME, a set of TensorFlow Datasets.
-    """
+    """Target task: elpv (solar cells, functional or defective), or elpv-doubtful (the
+    same, with cells of doubtful labels in the training set); folder:PATH for your own
+    pictures, with a folder for each class; tfds:NAME for a data set of TensorFlow
+    Datasets."""
     methods: tuple[str, ...] = DEFAULT_METHODS
-    """What to compare: REGULARIZER adds the gradients, REGULARIZER+dtnh resolves them,
-    REGULARIZER+never_hurt chooses how far to trust it by cross-validation; or `all`."""
+    """Methods to compare: REGULARIZER adds the gradients, REGULARIZER+dtnh resolves
+    conflicts, REGULARIZER+never_hurt cross-validates its trust; or `all`."""
     strength: Strengths = dataclasses.field(default_factory=dict)
-    """Strengths to use instead of the default ones, such as l2_sp=0.1. Without
-    --methods, --strength and --tune, l2_sp has a hundred times its usual strength."""
+    """Strengths that replace the defaults, such as l2_sp=0.1. Without --methods,
+    --strength and --tune, l2_sp has a hundred times its usual strength."""
     tune: bool = False
-    """Choose every strength that is not given by validation accuracy first."""
+    """First choose every strength that is not given by --strength, by validation
+    accuracy."""
     scope: Literal["global", "leaf", "unit", "element"] = "global"
-    """Resolve over all parameters, each tensor, each output channel, each number."""
+    """Resolve conflicts over all parameters together, or for each tensor, output
+    channel or number."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """SGD with Nesterov momentum 0.9, or AdamW."""
     learning_rate: float | None = None
-    """Falls to 0 along a cosine. By default 0.01 for sgd and 0.001 for adamw."""
+    """Initial learning rate, which falls to 0 along a cosine. By default 0.01 for sgd
+    and 0.001 for adamw."""
     steps: int | None = None
     """Training steps of each method and seed. By default 36 for elpv, and otherwise 12
     passes over the training images, but at least 36 steps."""
@@ -85,47 +88,47 @@ class Config:
     batch_size: int = 32
     """Images in a training step."""
     image_size: int = 64
-    """Height and width that photographs are resized to, in pixels."""
+    """Height and width of the resized photographs, in pixels."""
     train_per_class: int | None = None
-    """Training images of each class; every seed draws others, where there are others.
-    By default 50, or what the rarest class has left."""
+    """Training images of each class; every seed draws other images if there are enough.
+    By default 50, or the remaining images of the rarest class."""
     validation_per_class: int | None = None
-    """Validation images of each class, for --tune; the same for all seeds. By default
-    100 for elpv; otherwise with --tune up to 100, a sixth of the rarest class."""
+    """Validation images of each class for --tune, the same for all seeds. By default
+    100 for elpv; otherwise, with --tune, a sixth of the rarest class, at most 100."""
     test_per_class: int | None = None
-    """Test images of each class; the same for all seeds. By default 300 for elpv;
-    otherwise up to 300, a third of the rarest class, or from the test split."""
+    """Test images of each class, the same for all seeds. By default 300 for elpv;
+    otherwise a third of the rarest class or its test split, at most 300."""
     cache_teacher: bool = True
-    """Keep what the teacher makes of the training images, instead of asking it anew."""
+    """Store the teacher's features of training images instead of recomputing them."""
     seeds: int = 2
-    """Repetitions, with other training images, head, order and dropout each."""
+    """Repetitions, each with other training images, head, order and dropout."""
     tuning_seeds: int | None = None
-    """Repetitions of --tune. By default as many as --seeds."""
+    """Repetitions for --tune. By default as many as --seeds."""
     checkpoint_every: int = 25
-    """Steps between checkpoints, from which an interrupted run goes on."""
+    """Steps between checkpoints, from which an interrupted run resumes."""
     mesh: Mesh = dataclasses.field(default_factory=dict)
-    """Devices to spread over: batches over data and fsdp, weights over fsdp. By default
-    one, or all devices of --distributed."""
+    """Device mesh: batches are sharded over data and fsdp, weights over fsdp. One
+    device by default, or all devices with --distributed."""
     accumulate: int = 1
-    """Parts of a batch, one after the other: gradients are averaged, then resolved."""
+    """Micro-batches of a batch: their gradients are averaged, then resolved."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What networks compute in; parameters and gradients are float32."""
+    """Precision of networks; parameters and gradients are float32."""
     remat: bool = False
-    """Compute anew what is cheap to compute, instead of keeping it in memory."""
+    """Recompute cheap operations in the backward pass to save memory."""
     distributed: bool = False
-    """Train with several processes as one, which JAX finds on clusters it knows."""
+    """Train with several processes; JAX detects them on clusters that it knows."""
     coordinator: str | None = None
-    """Address of the first process and a free port, where JAX can not find out."""
+    """Address of the first process and a free port, if JAX can not detect them."""
     processes: int | None = None
-    """How many there are, where JAX can not find out."""
+    """Number of processes, if JAX can not detect it."""
     process_id: int | None = None
-    """The number of this one, from 0, where JAX can not find out."""
+    """Number of this process, from 0, if JAX can not detect it."""
     heartbeat: int = 100
-    """Seconds without a sign of life after which another process counts as lost."""
+    """Seconds without a signal after which another process counts as lost."""
     keep_weights: bool = True
-    """Keep the fine-tuned networks in the run folder, to export or predict with."""
+    """Keep the fine-tuned networks in the run folder, for export and prediction."""
     run_dir: pathlib.Path | None = None
-    """Folder for results. By default runs/default, or another for other options."""
+    """Folder for results. By default runs/default, or a folder named after options."""
     data_dir: pathlib.Path | None = None
     """Folder for prepared data. By default DTNH_DATA_DIR, or the user's cache."""
 
@@ -141,7 +144,7 @@ class Config:
 
     @property
     def strengths(self) -> dict[str, float]:
-        """The strength of every regularizer in use, before any tuning."""
+        """Strength of every regularizer in use, before tuning."""
         return {
             name: float(self.strength.get(name, REGULARIZERS[name].strength))
             for name in self.regularizers
@@ -149,12 +152,12 @@ class Config:
 
     @property
     def regularizers(self) -> tuple[str, ...]:
-        """The regularizers that the methods use."""
+        """Regularizers of the methods."""
         used = [METHODS[name].regularizer for name in self.methods]
         return tuple(dict.fromkeys(name for name in used if name is not None))
 
     def rules(self, regularizer: str | None) -> tuple[str, ...]:
-        """The rules that the methods use on a regularizer; tuning needs the sum."""
+        """Returns the rules of a regularizer's methods; tuning needs the sum."""
         used = {
             METHODS[name].rule
             for name in self.methods
@@ -163,7 +166,7 @@ class Config:
         return tuple(rule for rule in RULES if rule in used | {ADDED})
 
     def check_batches(self, devices: int) -> None:
-        """Raises ValueError unless a batch can be cut for so many devices."""
+        """Raises ValueError unless the devices divide a batch evenly."""
         if self.batch_size % (devices * self.accumulate):
             raise ValueError(
                 f"`--batch-size` must be a multiple of {devices} devices times "
@@ -172,19 +175,21 @@ class Config:
 
     @property
     def initial_learning_rate(self) -> float:
-        """The learning rate at the first step."""
+        """Learning rate at the first step."""
         if self.learning_rate is None:
             return _DEFAULT_RATES[self.optimizer]
         return self.learning_rate
 
     def total_steps(self, training_images: int) -> int:
-        """The length of training, whichever way it was given."""
+        """Returns the number of training steps, from `steps` or `epochs`."""
         if self.epochs is not None:
             return math.ceil(self.epochs * training_images / self.batch_size)
         if self.steps is not None:
             return self.steps
         passes = math.ceil(_DEFAULT_EPOCHS * training_images / self.batch_size)
-        return _DEFAULT_STEPS if self.target == "elpv" else max(_DEFAULT_STEPS, passes)
+        return (
+            _DEFAULT_STEPS if self.target in _OF_TARGET else max(_DEFAULT_STEPS, passes)
+        )
 
     @property
     def folder(self) -> pathlib.Path:
@@ -206,6 +211,6 @@ def identity(config: Config) -> dict[str, Any]:
     for name in _OF_NO_CONSEQUENCE:
         del options[name]
     options["methods"] = list(config.methods)
-    if not config.tune:  # a given strength says no more than the same default
+    if not config.tune:  # a given strength and the same default are equal
         options["strength"] = config.strengths
     return options

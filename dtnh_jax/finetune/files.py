@@ -1,4 +1,4 @@
-"""What commands write: JSON and figures, whole or not at all; see `_files.replace`."""
+"""Writes JSON and figures atomically; see `_files.replace`."""
 
 import io
 import json
@@ -13,14 +13,14 @@ make_folder = _files.make_folder
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes JSON, which has no word for numbers that are not finite."""
+    """Writes JSON; raises ValueError for numbers that are not finite."""
     write(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def write_figure(path: pathlib.Path, figure: Any) -> None:
     """Writes a figure in the format of the suffix.
 
-    Letters that no font here has are drawn as boxes, without a warning for each.
+    Characters that no installed font has are drawn as boxes, without warnings.
     """
     drawn = io.BytesIO()
     with warnings.catch_warnings():

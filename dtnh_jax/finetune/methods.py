@@ -9,20 +9,11 @@ instead, by a trust that is chosen by cross-validation. `scratch`, `fine-tuning`
 
 from typing import NamedTuple
 
-
-class Regularizer(NamedTuple):
-    """What options and trainings need to know of a regularizer beside its function."""
-
-    strength: float  # by default, as `--tune` chose it
-    grid: tuple[float, ...]  # of `--tune`
-    has_teacher: bool = False  # whether the teacher has to look at the batch
-    estimate: str | None = None  # one of `estimates.ESTIMATES`
-    keeps_source_head: bool = False  # beside the new one, and trained with it
-    has_adapters: bool = False  # the only weights, with the head, that are trained
+from dtnh_jax.finetune.regularizers import REGULARIZERS
 
 
 class Method(NamedTuple):
-    """What is trained."""
+    """A way of training: pretrained or not, a regularizer, a rule."""
 
     name: str
     is_pretrained: bool = True
@@ -32,7 +23,7 @@ class Method(NamedTuple):
 
     @property
     def never_hurts(self) -> bool:
-        """Whether it is `dtnh_jax.never_hurt` that adds the regularizer."""
+        """Whether `dtnh_jax.never_hurt` adds the regularizer."""
         return self.rule == NEVER_HURT
 
     @property
@@ -47,31 +38,8 @@ class Method(NamedTuple):
         return "lora" if self.has_adapters else "fine-tuning"
 
 
-# A new regularizer is a row here, and one in `training.regularizers`.
-REGULARIZERS = {
-    "l2": Regularizer(0.0001, (0.0001, 0.001, 0.01)),
-    "l2_sp": Regularizer(0.1, (0.01, 0.1, 1.0)),
-    "l1_sp": Regularizer(1e-4, (1e-4, 1e-3, 1e-2)),
-    "l2_sp_fisher": Regularizer(0.1, (0.01, 0.1, 1.0), estimate="fisher"),
-    "lora_decay": Regularizer(0.1, (0.1, 1.0, 10.0), has_adapters=True),
-    "feature_map": Regularizer(1e-4, (1e-5, 1e-4, 1e-3), has_teacher=True),
-    "attention_transfer": Regularizer(1.0, (1.0, 10.0, 100.0), has_teacher=True),
-    "delta": Regularizer(
-        1.0, (0.01, 0.1, 1.0), has_teacher=True, estimate="channel_attention"
-    ),
-    "relational": Regularizer(10.0, (0.1, 1.0, 10.0), has_teacher=True),
-    "cka": Regularizer(10.0, (0.1, 1.0, 10.0), has_teacher=True),
-    "logit_distillation": Regularizer(
-        0.01, (0.01, 0.1, 1.0), has_teacher=True, keeps_source_head=True
-    ),
-    "lwf": Regularizer(1.0, (0.1, 1.0, 10.0), has_teacher=True, keeps_source_head=True),
-    "co_tuning": Regularizer(
-        0.1, (0.01, 0.1, 1.0), estimate="relationship", keeps_source_head=True
-    ),
-    "batch_spectral_shrinkage": Regularizer(0.0001, (0.0001, 0.001, 0.01)),
-}
 ADDED, NEVER_HURT = "sum", "never_hurt"
-# `never_hurt` has this multiple of the usual strength, so that trust decides alone.
+# `never_hurt` gets this multiple of the usual strength, so that only trust matters.
 UNLIMITED = 1e4
 # A new rule is a name here, and a row in `training.optimizers`.
 RULES = (ADDED, "dtnh")
@@ -95,7 +63,7 @@ METHODS = {
         ),
     )
 }
-# What is compared unless `--methods` says otherwise; `all` there means `METHODS`.
+# Default of `--methods`; `all` stands for `METHODS`.
 DEFAULT_METHODS = ("fine-tuning", "l2_sp", "l2_sp+dtnh", "l2_sp+never_hurt")
-# A hundred times the usual strength: what becomes of a wrong one is the point.
+# A hundred times the usual strength: the default run shows the effect of a wrong one.
 DEFAULT_STRENGTH = {"l2_sp": 10.0}

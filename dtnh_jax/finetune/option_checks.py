@@ -4,12 +4,12 @@ from typing import Any
 
 
 def flag(name: str) -> str:
-    """Returns an option as it is written."""
+    """Returns an option as written on the command line."""
     return "--" + name.replace("_", "-")
 
 
 def one_of(name: str, value: str, known: Any) -> None:
-    """Raises ValueError unless an option has a value that is known."""
+    """Raises ValueError unless the value of an option is known."""
     if value not in known:
         raise ValueError(
             f"`{flag(name)}` must be one of {', '.join(known)}, got {value!r}."

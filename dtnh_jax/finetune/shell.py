@@ -1,4 +1,4 @@
-"""What commands say to the shell when they stop early."""
+"""Messages and exit statuses of commands that stop early."""
 
 import sys
 from typing import Any
@@ -7,30 +7,30 @@ FAILED, MISTAKE, INTERRUPTED = 1, 2, 130  # exit statuses
 
 
 def refuse(message: str) -> int:
-    """Says in one line why nothing was done."""
+    """Prints in one line why nothing was done; returns the exit status."""
     print(f"dtnh: {' '.join(message.split())}", file=sys.stderr)
     return MISTAKE
 
 
 def failed(error: BaseException, folder: Any) -> int:
-    """Says in one line why it stopped, and what is left."""
+    """Prints in one line why the command stopped; returns the exit status."""
     reason = str(error)
     if isinstance(error, OSError) and error.strerror:
         at = f" to {error.filename}" if error.filename else ""
         reason = f"writing{at} failed: {error.strerror}"
     print(
-        f"dtnh: {' '.join(reason.split()).rstrip('.')}. What is done is in {folder}; "
-        "the same command goes on from there.",
+        f"dtnh: {' '.join(reason.split()).rstrip('.')}. Finished work is in {folder}; "
+        "the same command resumes from there.",
         file=sys.stderr,
     )
     return FAILED
 
 
 def interrupted(error: BaseException, folder: Any) -> int:
-    """Says how to go on, and returns the exit status of whatever stopped it."""
+    """Prints how to resume; returns the exit status of the interruption."""
     print(
-        f"Interrupted; what is done is in {folder}. "
-        "The same command goes on from there.",
+        f"Interrupted; finished work is in {folder}. "
+        "The same command resumes from there.",
         file=sys.stderr,
     )
     return getattr(error, "exit_status", INTERRUPTED)

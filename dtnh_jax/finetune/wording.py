@@ -1,16 +1,16 @@
-"""Text of users, such as names of files and classes, in sentences and in Markdown."""
+"""Formats text by users, such as names of files and classes."""
 
 import re
 import unicodedata
 from collections.abc import Sequence
 
-_NOT_SHOWN = {"Cc", "Cs", "Zl", "Zp"}  # controls, halves of letters, ends of lines
-_BYTES = 0xDC00  # what Python adds to bytes of a name that are not UTF-8
+_NOT_SHOWN = {"Cc", "Cs", "Zl", "Zp"}  # controls, surrogates, line separators
+_BYTES = 0xDC00  # Python's offset for bytes of a name that are not UTF-8
 _NAMED = 3
 
 
 def printable(text: str) -> str:
-    r"""Returns text on one line that every encoding of Unicode has.
+    r"""Returns text on one line, without characters that can not be encoded.
 
     Example:
       >>> print(printable("caf\udce9\n"))
@@ -30,7 +30,7 @@ def _escaped(letter: str) -> str:
 
 
 def some(names: Sequence[str]) -> str:
-    """Returns the first names of many, and how many more there are.
+    """Returns the first of many names, and the number of the others.
 
     Example:
       >>> some(["a", "b", "c", "d"])
@@ -41,7 +41,7 @@ def some(names: Sequence[str]) -> str:
 
 
 def markdown(text: str) -> str:
-    r"""Returns text as Markdown that shows it as it is.
+    r"""Returns text with Markdown's special characters escaped.
 
     Example:
       >>> print(markdown("$0_to_$10"))

@@ -22,6 +22,7 @@ from dtnh_jax.lm.methods import METHODS, Method
 from dtnh_jax.lm.networks import Tree
 from dtnh_jax.lm.packing import Stream
 from dtnh_jax.lm.programs import Program
+from dtnh_jax.lm.step import State
 
 
 class NotFiniteError(ArithmeticError):
@@ -127,12 +128,8 @@ def _train(
 ) -> tuple[Tree, dict[str, Any]]:
     """Returns trained adapters, and what a step took."""
     config = experiment.config
-    trainer, programs = experiment.trainers[cell.method.name]
-    state = jax.jit(
-        lambda adapters: meshes.constrain(
-            experiment.mesh, trainer.init(adapters, cell.strength)
-        )
-    )(initial_adapters(experiment, cell.seed))
+    _, programs = experiment.trainers[cell.method.name]
+    state = initial_state(experiment, cell)
     strength = jnp.float32(cell.strength)
     seconds: dict[bool, list[float]] = {}
     memory: list[int] = []
@@ -172,6 +169,17 @@ def _train(
     mean = sum(medians[kind] * len(each) for kind, each in seconds.items()) / count
     measured = {"step_seconds": mean, "temporary_bytes": max(memory, default=None)}
     return state.adapters, measured
+
+
+def initial_state(experiment: Experiment, cell: Cell) -> State:
+    """What the training of a cell starts from."""
+    trainer, _ = experiment.trainers[cell.method.name]
+    init = jax.jit(
+        lambda adapters: meshes.constrain(
+            experiment.mesh, trainer.init(adapters, cell.strength)
+        )
+    )
+    return init(initial_adapters(experiment, cell.seed))
 
 
 def _check_finite(numbers: Mapping[str, float], cell: Cell, when: str) -> None:

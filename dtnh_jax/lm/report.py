@@ -9,6 +9,7 @@ from rich.table import Table
 
 from dtnh_jax import plots
 from dtnh_jax.finetune.files import write_json
+from dtnh_jax.lm import paths
 from dtnh_jax.lm.experiment import Experiment
 from dtnh_jax.lm.methods import KL, LORA, METHODS, WISE_FT
 
@@ -67,6 +68,22 @@ def losses(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return header, body
 
 
+def at_shares(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """A table's header, and a row of what every method forgets at target losses."""
+    header, body = ["method"], []
+    for name, each in results["at_shares"].items():
+        line = [name]
+        for at in each:
+            line.append(_difference(at["forgotten"]))
+            line.append("" if at["kept_kl"] is None else _level(at["kept_kl"]))
+        body.append(line)
+        if len(header) == 1:
+            for at in each:
+                where = f"at {at['target_loss']['mean']:.3f}"
+                header += [f"forgotten {where}", f"KL kept {where}"]
+    return header, body
+
+
 def costs(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """A table's header, and a row for every method that is trained."""
     header = ["method", "seconds a step", f"to {LORA}", f"to {KL} sum"]
@@ -103,6 +120,7 @@ def notes(results: dict[str, Any]) -> list[str]:
     config, texts = results["config"], results["texts"]
     seeds = config["seeds"]
     names = dict.fromkeys(row["method"] for row in results["rows"])
+    shares = ", ".join(f"{share:.0%}" for share in paths.SHARES)
     meanings = [f"{x}: {METHODS[x].meaning}" for x in names if METHODS[x].meaning]
     return [
         f"Losses and divergences in nats per token, means and standard deviations over "
@@ -115,8 +133,17 @@ def notes(results: dict[str, Any]) -> list[str]:
         f"{results['tokens']['kept']} tokens. Forgotten: the kept loss minus the base "
         "model's.",
         f"vs {WISE_FT}, vs {KL} sum: the kept loss minus that method's at the same "
-        "target loss, a straight line between its strengths; below 0 is better. Empty "
-        "where it has no such target loss.",
+        "target loss; below 0 is better.",
+        *(
+            [
+                f"At the same target loss: at {shares} of what plain adapters gain, on "
+                "straight lines between the strengths of a method, of which plain "
+                f"adapters are strength 0 (the base model is the end of {WISE_FT}'s). "
+                "Empty where a method does not come there."
+            ]
+            if results["at_shares"]
+            else []
+        ),
         "Seconds of a step: the median. Memory: what the compiler allots to a step "
         "beside its arguments, which are weights, adapters and optimizer.",
         *([f"Strengths: {'; '.join(meanings)}."] if meanings else []),
@@ -140,6 +167,7 @@ def markdown(results: dict[str, Any]) -> str:
     parts = [
         f"# {results['model']['name']} on {results['texts']['target']['name']}",
         _markdown_table(*losses(results)),
+        *([_markdown_table(*at_shares(results))] if results["at_shares"] else []),
         _markdown_table(*costs(results)),
         *notes(results),
         f"Measured on {machine['date']}, {machine['device']} with "
@@ -160,8 +188,11 @@ def show(console: Console, results: dict[str, Any], path: pathlib.Path) -> None:
     """Prints the tables."""
     for title, (header, body) in (
         ("Losses on texts that none was trained on", losses(results)),
+        ("At the same target loss", at_shares(results)),
         ("What a training step costs", costs(results)),
     ):
+        if not body:
+            continue
         table = Table(title=title)
         for number, name in enumerate(header):
             table.add_column(name, no_wrap=number == 0)

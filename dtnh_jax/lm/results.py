@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from dtnh_jax.finetune.runs.statistics import Estimate, estimate
+from dtnh_jax.lm import paths
 from dtnh_jax.lm.config import Config, identity
 from dtnh_jax.lm.methods import KL, LORA, METHODS, WISE_FT
 
 LOSSES = ("target_loss", "kept_loss", "target_kl", "kept_kl")
 COSTS = ("step_seconds", "temporary_bytes")
-# Curves from the base model's or plain adapters' losses, that rows are compared with.
-CURVES = {WISE_FT: ("base", LORA), KL: (LORA,)}
+CURVES = (WISE_FT, KL)  # whose paths every row is compared with
 
 Cell = dict[str, Any]
 
@@ -45,6 +45,7 @@ def summarize(
         **described,
         "base": base,
         "rows": rows,
+        "at_shares": _plain_all(paths.at_shares(config.methods, base, cells)),
         "costs": _costs(config, cells),
         "cells": list(cells),
         "machine": json.loads((path / "machine.json").read_text()),
@@ -68,9 +69,9 @@ def _row(
     forgotten = [cell["kept_loss"] - base["kept_loss"] for cell in ours]
     row["forgotten"] = _plain(estimate(forgotten))
     for curve in CURVES:
-        each = [_above(curve, cell, base, cells) for cell in ours]
+        each = [paths.above(curve, cell, base, cells) for cell in ours]
         known = [x for x in each if x is not None]
-        complete = len(known) == len(each) and name not in (curve, *CURVES[curve])
+        complete = len(known) == len(each) and name not in (curve, LORA)
         row[f"above_{curve}"] = _plain(estimate(known)) if complete else None
     return row
 
@@ -106,27 +107,15 @@ def _ratio(ours: float | None, theirs: float | None) -> float | None:
     return ours / theirs if ours is not None and theirs else None
 
 
-def _above(
-    curve: str, cell: Cell, base: dict[str, float], cells: Sequence[Cell]
-) -> float | None:
-    """The loss on what may be forgotten, minus a method's at the same target loss.
-
-    A method at several strengths is a curve from target loss to kept loss; between its
-    points it is a straight line, and beyond them it is not known.
-    """
-    names = (curve, *CURVES[curve])
-    of_seed = [x for x in cells if x["seed"] == cell["seed"] and x["method"] in names]
-    points = [(x["target_loss"], x["kept_loss"]) for x in of_seed]
-    if "base" in names:
-        points.append((base["target_loss"], base["kept_loss"]))
-    if curve not in {x["method"] for x in of_seed} or len(points) < 2:
-        return None
-    targets, kept = np.array(sorted(points)).T
-    if not targets[0] <= cell["target_loss"] <= targets[-1]:
-        return None
-    return float(cell["kept_loss"] - np.interp(cell["target_loss"], targets, kept))
-
-
 def _plain(numbers: Estimate) -> dict[str, float | None]:
     """An estimate ready for JSON, which has no NaN."""
     return {k: None if np.isnan(x) else float(x) for k, x in numbers._asdict().items()}
+
+
+def _plain_all(tree: Any) -> Any:
+    """The same of all estimates in dictionaries and lists."""
+    if isinstance(tree, Estimate):
+        return _plain(tree)
+    if isinstance(tree, dict):
+        return {key: _plain_all(x) for key, x in tree.items()}
+    return [_plain_all(x) for x in tree] if isinstance(tree, list) else tree

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from dtnh_jax import value_and_gradient_pair
+from dtnh_jax import conflict_metrics, value_and_gradient_pair
 from dtnh_jax.finetune.training import meshes
 from dtnh_jax.lm import objectives
 from dtnh_jax.lm.methods import Method
@@ -18,6 +18,7 @@ from dtnh_jax.lm.networks import Network, Tree
 from dtnh_jax.lm.packing import Rows
 
 Metrics = dict[str, Array]
+_SEEN = ("cosine", "removed", "trust")  # of `conflict_metrics`, of both gradients
 
 
 class State(NamedTuple):
@@ -105,6 +106,9 @@ def make_trainer(
         updates, optimizer_state = optimizer.update(
             found.pop("updates"), state.optimizer, state.adapters, **found
         )
+        if "regularizer_grads" in found:
+            seen = conflict_metrics(optimizer_state)
+            metrics |= {key: seen[key] for key in _SEEN if key in seen}
         adapters: Any = optax.apply_updates(state.adapters, updates)
         new = State(adapters, optimizer_state, state.step + 1)
         return meshes.constrain(mesh, new), meshes.whole(mesh, metrics)

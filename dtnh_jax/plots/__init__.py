@@ -1,9 +1,9 @@
 """Figures as functions of results; each returns a `matplotlib.figure.Figure`.
 
-Matplotlib is imported when a figure is asked for, and pyplot never: figures belong to
+Matplotlib is imported when a function is called, and pyplot never: figures belong to
 the caller, who saves them (`figure.savefig("a.png")`) or shows them in a notebook.
-Colours are those of Okabe and Ito, which colour-blind readers can tell apart; lines
-differ in their dashes too, and bars in their hatching.
+Colours are those of Okabe and Ito, which colour-blind readers can distinguish. Lines
+also differ in their dashes, and bars in their hatching.
 """
 
 from dtnh_jax.plots._style import COLOURS

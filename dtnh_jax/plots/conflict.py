@@ -1,4 +1,4 @@
-"""Where and when two gradients work against each other."""
+"""The cosine of two gradients by leaf and step."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
 def conflict_map(
     cosines: Float[np.ndarray, "leaves steps"], names: Sequence[str]
 ) -> "Figure":
-    """The cosine of two gradients in every leaf at every step, as a heat map.
+    """Plots the cosine of two gradients in every leaf at every step, as a heat map.
 
-    Blue where they agree, orange where they conflict, white where neither is so; the
-    largest cosine of all has the full colour. A step without one (NaN) is grey.
+    Agreement is blue, conflict is orange, a cosine of 0 is white. The largest absolute
+    cosine has the full colour. A missing value (NaN) is grey.
 
     Args:
       cosines: from -1 to 1, such as the field of `conflict_metrics` with scope "leaf",
-        one column for each step.
-      names: of the leaves, from top to bottom.
+        with one column for each step.
+      names: names of the leaves, from top to bottom.
 
     Returns:
-      A figure. Its title says which leaf was in conflict at most steps.
+      A figure. Its title names the leaf that was in conflict at most steps.
 
     Raises:
-      ValueError: for cosines out of range, or another number of names than of rows.
+      ValueError: a cosine is out of range, or the number of names is not that of rows.
 
     Example:
       >>> figure = conflict_map(np.array([[0.1, -0.2], [-0.3, -0.1]]), ["body", "head"])

@@ -1,9 +1,9 @@
-"""What is learned against what is forgotten."""
+"""Loss on the target against loss on the original task."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from dtnh_jax.plots._style import COLOURS, DASHES, GREY, blank, legend, span
+from dtnh_jax.plots._style import COLOURS, DASHES, GREY, blank, legend
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -14,26 +14,26 @@ _MARKERS = "osD^vPX*"
 def forgetting(
     curves: Mapping[str, Sequence[tuple[float, float]]], base: tuple[float, float]
 ) -> "Figure":
-    """Losses on what is learned and on what may be forgotten: lower left is better.
+    """Plots losses on the target and on the original task: lower left is better.
 
     Args:
-      curves: of each method, a point `(target loss, kept loss)` for each of its
+      curves: for each method, a point `(target loss, original loss)` for each of its
         strengths, in nats per token.
-      base: the same of the model before fine-tuning.
+      base: the same point of the model before fine-tuning.
 
     Returns:
-      A figure; points of a method are joined by a line in the order of target losses.
-      The title says who forgets least and most, each where its target loss is lowest.
+      A figure; a line joins the points of a method in the order of target losses. The
+      title states the lowest target loss and the most that is forgotten.
 
     Raises:
-      ValueError: without methods, or for a method without points.
+      ValueError: there are no methods, or a method has no points.
 
     Example:
       >>> figure = forgetting({"lora": [(3.2, 2.6)], "kl": [(3.4, 2.4)]}, (4.1, 2.3))
       >>> figure.axes[0].get_xlabel()
       'loss on the target (nats per token)'
       >>> figure.get_suptitle()
-      'Forgotten: from +0.10 (kl) to +0.30 (lora) nats'
+      'Target loss from 4.10 to 3.20, forgotten up to +0.30 nats'
     """
     if not curves:
         raise ValueError("`curves` must hold at least 1 method, got 0.")
@@ -57,10 +57,15 @@ def forgetting(
     handles += axes.plot(*base, "+", color=GREY, markersize=10, linestyle="none")
     axes.axhline(base[1], color=GREY, linewidth=0.8)
     axes.set_xlabel("loss on the target (nats per token)")
-    axes.set_ylabel("loss on what may be forgotten")
+    axes.set_ylabel("loss on the original task (nats per token)")
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
     legend(figure, handles, [*curves, "base model"])
-    forgotten = {name: min(points)[1] - base[1] for name, points in curves.items()}
-    figure.suptitle(f"Forgotten: {span(forgotten, '{:+.2f}'.format)} nats", fontsize=11)
+    learned = min(x for points in curves.values() for x, _ in points)
+    forgotten = max(y for points in curves.values() for _, y in points) - base[1]
+    figure.suptitle(
+        f"Target loss from {base[0]:.2f} to {learned:.2f}, forgotten up to "
+        f"{forgotten:+.2f} nats",
+        fontsize=11,
+    )
     return figure

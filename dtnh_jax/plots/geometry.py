@@ -12,25 +12,25 @@ from dtnh_jax.plots._style import COLOURS, GREY, blank
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# In inches: the sides of the picture, and what names may take at each end of them.
+# In inches: the sides of the picture, and the room for names at each end.
 _SIDES = np.array([6.2, 4.1])
 _ROOM = np.array([1.6, 0.5])
 
 
 def projection(g: Sequence[float], r: Sequence[float]) -> "Figure":
-    """Two gradients in the plane, their sum, and what DTNH makes of it.
+    """Plots two gradients in the plane, their sum, and its projection by DTNH.
 
     Args:
       g: gradient of the loss, two numbers.
-      r: gradient of the regularizer with its strength, two numbers.
+      r: gradient of the regularizer times its strength, two numbers.
 
     Returns:
-      A figure. Shaded is the half-plane of updates that lower the loss at least as
-      fast as `g` alone, on to which DTNH projects `g + r`. The title says whether the
-      two conflict.
+      A figure. The shaded half-plane holds the updates that lower the loss at least as
+      fast as `g` alone; DTNH projects `g + r` onto it. The title says whether the two
+      gradients conflict.
 
     Raises:
-      ValueError: unless both are two numbers and `g` is not zero.
+      ValueError: `g` or `r` is not two numbers, or `g` is zero.
 
     Example:
       >>> figure = projection([1.0, 0.0], [-0.5, 1.0])
@@ -53,8 +53,8 @@ def projection(g: Sequence[float], r: Sequence[float]) -> "Figure":
     axes = figure.subplots()
     points = np.array([np.zeros(2), ours, theirs, total, update])
     low, high = points.min(axis=0), points.max(axis=0)
-    # Both axes have the scale at which the arrows leave room for their names.
-    scale = np.max((high - low) / (_SIDES - 2 * _ROOM))  # of an inch
+    # Both axes have the same scale, chosen so that the names fit.
+    scale = np.max((high - low) / (_SIDES - 2 * _ROOM))  # units per inch
     middle, half = (low + high) / 2, scale * _SIDES / 2
     axes.set_xlim(middle[0] - half[0], middle[0] + half[0])
     axes.set_ylim(middle[1] - half[1], middle[1] + half[1])
@@ -68,7 +68,7 @@ def projection(g: Sequence[float], r: Sequence[float]) -> "Figure":
     axes.plot(*np.transpose(corners[:2]), color=COLOURS[2], linewidth=1)
     arrows = {
         "g, the loss": (ours, COLOURS[0], "-"),
-        "r, the regularizer": (theirs, "#B07800", "-"),  # of COLOURS[4], to be read
+        "r, the regularizer": (theirs, "#B07800", "-"),  # a darker COLOURS[4]
         "g + r": (total, GREY, "--"),
         "DTNH": (update, COLOURS[1], "-"),
     }
@@ -92,7 +92,7 @@ def projection(g: Sequence[float], r: Sequence[float]) -> "Figure":
             va="center",
         )
     axes.plot(*np.transpose([total, update]), ":", color=GREY)
-    axes.set_xlabel("shaded: the loss falls as fast as with g alone, or faster")
+    axes.set_xlabel("shaded: the loss falls at least as fast as with g alone")
     axes.set_aspect("equal")
     axes.set_xticks([])
     axes.set_yticks([])
@@ -108,11 +108,10 @@ def projection(g: Sequence[float], r: Sequence[float]) -> "Figure":
 def _offsets(
     ends: Mapping[str, np.ndarray], dots: np.ndarray
 ) -> list[tuple[float, float]]:
-    """Returns where names stand, from the ends of their arrows (all in points).
+    """Returns the positions of names, relative to the ends of their arrows, in points.
 
-    Each stands as near to its end, and as straight ahead of its arrow, as it can
-    without lying on an arrow, on one of the dots that stand for other lines, or on a
-    name that has its place.
+    Each name is as near to its arrow's end, and as straight ahead of it, as possible
+    without covering an arrow, a dot of another line, or a name that is already placed.
     """
     taken = [end * share for end in ends.values() for share in np.linspace(0, 1, 40)]
     taken += list(dots)
@@ -125,7 +124,7 @@ def _offsets(
             for turn in np.linspace(-np.pi, np.pi, 24, endpoint=False):
                 cos, sin = np.cos(turn), np.sin(turn)
                 side = np.array([[cos, -sin], [sin, cos]]) @ ahead
-                # The name's centre, so that its edge is so far from the end.
+                # The name's centre, for this distance of its edge from the end.
                 offset = side * (half + away)
                 gaps = np.abs(np.array(taken) - end - offset) - half
                 is_free = bool((gaps.max(axis=1) > 2).all())

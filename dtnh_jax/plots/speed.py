@@ -1,4 +1,4 @@
-"""How long things take, next to what they should."""
+"""Measured times against their targets."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,27 +15,27 @@ _STYLES = {
     None: (COLOURS[5], HATCHES[2], "no target"),
 }
 
-# Ticks of axes that reach far from 1, or less far, or hardly at all.
+# Ticks of axes with a wide, a medium and a narrow range around 1.
 _FAR = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 _NEAR = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.5, 1.75, 2, 2.5)
 _NEXT_TO = (0.8, 0.85, 0.9, 0.95, 1, 1.05, 1.1, 1.15, 1.2)
 
 
 def benchmark_ratios(rows: Sequence[Mapping[str, Any]]) -> "Figure":
-    """What each thing costs as a multiple of what it is compared with.
+    """Plots each measured time as a multiple of the time it is compared with.
 
     Args:
-      rows: as in the `rows` of `python -m dtnh_jax.benchmarks`, with `group`,
-        `subject`, `name`, `against`, `ratio`, `ratio_low`, `ratio_high`, `target` and
-        `is_met`; those without a `ratio` are left out.
+      rows: the `rows` of `python -m dtnh_jax.benchmarks`, with `group`, `subject`,
+        `name`, `against`, `ratio`, `ratio_low`, `ratio_high`, `target` and `is_met`;
+        rows without a `ratio` are left out.
 
     Returns:
-      A figure with a panel for each group; the title says how many targets are met,
-      and which is missed the most. A bar goes from 1 to the median, its whisker is
-      the middle half of the rounds, and a black tick the target.
+      A figure with a panel for each group. The title says how many targets are met, and
+      which is missed by the largest factor. A bar goes from 1 to the median, its
+      whisker spans the middle half of the rounds, and a black tick is the target.
 
     Raises:
-      ValueError: if no row has a ratio.
+      ValueError: no row has a ratio.
 
     Example:
       >>> row = {"group": "steps", "subject": "net", "name": "ours", "against": "plain"}
@@ -67,14 +67,14 @@ def benchmark_ratios(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     panels[-1][0].set_xlabel(
-        "ratio: median and middle half of the rounds; black: target, at most"
+        "ratio: median and middle half of the rounds; black: largest ratio allowed"
     )
     figure.suptitle(_finding(drawn), fontsize=11, **VERBATIM)
     return figure
 
 
 def _draw_group(axes: Any, members: Sequence[Mapping[str, Any]]) -> None:
-    """Bars from 1, on a logarithmic axis: twice is as far from it as half."""
+    """Draws bars from 1 on a logarithmic axis: 2 and 1/2 are equally far from 1."""
     axes.set_xscale("log")
     for place, row in enumerate(members):
         colour, hatch, _ = _STYLES[row["is_met"]]

@@ -1,4 +1,4 @@
-"""What a regularizer does at every strength."""
+"""The effect of a regularizer at every strength."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ _Points = Sequence[tuple[float, float, float | None, float | None]]
 
 
 def strength_sweep(panels: Mapping[str, Mapping[str, _Points]]) -> "Figure":
-    """How much a regularizer helps or hurts at every strength, rule by rule.
+    """Plots the accuracy that a regularizer gains at every strength, rule by rule.
 
     Args:
       panels: by title, and in each panel by the name of a rule: points of strength
@@ -32,12 +32,12 @@ def strength_sweep(panels: Mapping[str, Mapping[str, _Points]]) -> "Figure":
         interval, which may be None.
 
     Returns:
-      A figure with a small panel for each title. Both axes are logarithmic, that of
-      differences (in percentage points) but for five points on either side of 0. The
-      title says how far down the rules go that go down the most and the least.
+      A figure with a small panel for each title. Both axes are logarithmic, except that
+      differences (in percentage points) are linear within five points of 0. The title
+      says which rules have the lowest and the highest minimum.
 
     Raises:
-      ValueError: without panels, or for a strength that is not above 0.
+      ValueError: there are no panels, or a strength is not above 0.
 
     Example:
       >>> sums = [(1.0, 0.01, -0.01, 0.03), (100.0, -0.2, None, None)]
@@ -72,7 +72,7 @@ def strength_sweep(panels: Mapping[str, Mapping[str, _Points]]) -> "Figure":
                     f"`panels[{title!r}][{name!r}]` must have strengths above 0, got "
                     f"{ordered[0][0]}."
                 )
-            # None becomes NaN, where nothing is drawn.
+            # None becomes NaN, which is not drawn.
             strengths, means, lows, highs = np.array(ordered, float).T
             style = {
                 "color": COLOURS[number % len(COLOURS)],

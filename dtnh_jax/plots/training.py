@@ -1,4 +1,4 @@
-"""What became of training: accuracies, conflicts, predictions."""
+"""Results of training: accuracies, conflicts, predictions."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -25,19 +25,19 @@ def accuracy_by_method(
     accuracies: Mapping[str, Sequence[float]],
     intervals: Mapping[str, tuple[float, float]] | None = None,
 ) -> "Figure":
-    """Accuracy of each method: every seed, the mean, and its interval if it has one.
+    """Plots each method's accuracy: every seed, the mean, and its interval if given.
 
     Args:
-      accuracies: from 0 to 1, one a seed, by method. Methods are drawn from top to
-        bottom.
-      intervals: the ends of the mean's 95% interval, from 0 to 1, by method. Methods
-        that are not in it have none, as with a single seed.
+      accuracies: by method, an accuracy from 0 to 1 for each seed. Methods are drawn
+        from top to bottom.
+      intervals: by method, the ends of the mean's 95% interval, from 0 to 1. A method
+        may have none, for example with a single seed.
 
     Returns:
-      A figure; the title says which mean is the highest.
+      A figure; the title names the method with the highest mean.
 
     Raises:
-      ValueError: without methods, or for a method without accuracies.
+      ValueError: there are no methods, or a method has no accuracies.
 
     Example:
       >>> accuracies = {"l2_sp": [0.5, 0.6], "l2_sp+dtnh": [0.6, 0.7]}
@@ -85,20 +85,21 @@ def accuracy_by_method(
 
 
 def conflict_over_steps(metrics: Sequence[Mapping[str, Any]]) -> "Figure":
-    """Cosine of the two gradients, and share in conflict, over the steps of training.
+    """Plots the cosine of two gradients, and the share in conflict, over training.
+
+    Single mini-batches are mostly noise, so the curves are means over seeds and over
+    tenths of all steps.
 
     Args:
-      metrics: lines as in `metrics.jsonl`, with `method`, `seed` and `step`; those
-        without `cosine` (no regularizer) are left out, and numbers that are None (not
-        finite). Drawn are means over seeds and over a tenth of all steps: those of
-        single mini-batches are mostly noise.
+      metrics: lines of `metrics.jsonl`, with `method`, `seed` and `step`. Lines without
+        `cosine` (no regularizer) and numbers that are None (not finite) are left out.
 
     Returns:
-      A figure of two panels; the title says which method was most in conflict, on
-      average over all its steps, and which least.
+      A figure with two panels; the title names the methods that were most and least in
+      conflict, on average over all their steps.
 
     Raises:
-      ValueError: if no line has a cosine.
+      ValueError: no line has a cosine.
 
     Example:
       >>> line = {"method": "l2_sp", "seed": 0, "step": 1}
@@ -161,21 +162,21 @@ def prediction_grid(
     class_names: Sequence[str],
     columns: int = 6,
 ) -> "Figure":
-    """Photographs with their class and what each method took them for.
+    """Plots photographs with their class and each method's prediction.
 
     Args:
       images: uint8 `[n, h, w, 3]`.
       labels: the class of each image.
-      predictions: the class that each method found for each image, by method.
-      class_names: by class number.
-      columns: images in a row, at most; fewer where names of methods are long.
+      predictions: by method, the predicted class of each image.
+      class_names: names by class number.
+      columns: largest number of images in a row; long names of methods reduce it.
 
     Returns:
-      A figure. Mistakes are marked with a cross as well as by colour; the title says
-      which method made the fewest of them and which the most.
+      A figure. Mistakes are marked by a cross and by colour; the title says which
+      methods have the fewest and the most correct predictions.
 
     Raises:
-      ValueError: without images, or if lengths differ.
+      ValueError: there are no images, or lengths differ.
 
     Example:
       >>> images = np.zeros((3, 8, 8, 3), np.uint8)
@@ -195,8 +196,8 @@ def prediction_grid(
     from matplotlib.figure import Figure
 
     longest = max(map(len, predictions), default=0) + 2
-    # In inches: a photograph under its title and over a line for each method, as wide
-    # as the longest name asks for.
+    # In inches: a photograph below its title and above a line for each method, as wide
+    # as the longest name.
     side, title, line, gap = 1.4, 0.25, 0.16, 0.1
     width, height = (
         max(side, 0.068 * longest) + gap,
@@ -204,7 +205,7 @@ def prediction_grid(
     )
     columns = max(min(columns, len(images), int(9.2 / width)), 1)
     rows = -(-len(images) // columns)
-    fit = int(width / 0.075)  # letters of a class
+    fit = int(width / 0.075)  # letters of a class that fit
     heading = _most_right(labels, predictions)
     heading = textwrap.fill(heading, max(int(columns * width * 12), 12))
     top = 0.1 + 0.2 * len(heading.splitlines())

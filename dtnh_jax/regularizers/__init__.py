@@ -1,40 +1,27 @@
 """Regularizers towards a pretrained network: of weights, features and outputs."""
 
-from dtnh_jax.regularizers.estimators import (
+from dtnh_jax.regularizers.estimators._categories import category_relationship
+from dtnh_jax.regularizers.estimators._channels import (
     attention_from_losses,
-    calibration_temperature,
-    category_relationship,
     channel_attention,
-    diagonal_fisher,
 )
-from dtnh_jax.regularizers.features import (
+from dtnh_jax.regularizers.estimators._fisher import diagonal_fisher
+from dtnh_jax.regularizers.estimators._temperature import calibration_temperature
+from dtnh_jax.regularizers.features._distances import (
     attention_transfer,
-    cka,
     delta,
     feature_map,
-    relational,
 )
-from dtnh_jax.regularizers.outputs import (
-    TopK,
-    co_tuning,
-    expected_error,
-    kl_to_reference,
-    logit_distillation,
-    lwf,
-    masked_kl,
-    top_k_kl,
-    top_k_of_reference,
-)
+from dtnh_jax.regularizers.features._relations import cka, relational
+from dtnh_jax.regularizers.outputs._co_tuning import co_tuning
+from dtnh_jax.regularizers.outputs._distillation import logit_distillation, lwf
+from dtnh_jax.regularizers.outputs._expected_error import expected_error
+from dtnh_jax.regularizers.outputs._kl import kl_to_reference, masked_kl
+from dtnh_jax.regularizers.outputs._top_k import TopK, top_k_kl, top_k_of_reference
 from dtnh_jax.regularizers.spectrum import batch_spectral_shrinkage
-from dtnh_jax.regularizers.weights import (
-    WeightRegularizer,
-    check_weight_regularizer,
-    l1_sp,
-    l2,
-    l2_sp,
-    l2_sp_fisher,
-    lora_decay,
-)
+from dtnh_jax.regularizers.weights import WeightRegularizer, check_weight_regularizer
+from dtnh_jax.regularizers.weights._lora import lora_decay
+from dtnh_jax.regularizers.weights._penalties import l1_sp, l2, l2_sp, l2_sp_fisher
 
 __all__ = [
     "TopK",

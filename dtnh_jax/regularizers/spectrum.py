@@ -13,27 +13,27 @@ def batch_spectral_shrinkage(
 ) -> Float[Array, ""]:
     """Shrinks the `k` smallest singular values of a batch of features.
 
-    The sum of the squares of the `k` smallest of the `min(batch, dim)` singular values
-    of the feature matrix. It is a sum over the batch too, no mean: it grows with the
-    number of examples, so a strength belongs to a batch size. The reference
-    implementation has strength 0.001 and `k` 1, at batches of 48.
+    The penalty is the sum of the squares of the `k` smallest of the `min(batch, dim)`
+    singular values of the feature matrix. It is a sum over the batch, not a mean: it
+    grows with the number of examples, so the best strength depends on the batch size.
+    The reference implementation uses strength 0.001 and `k` 1, at batches of 48.
 
-    It needs no teacher, and is used beside another regularizer, such as `l2_sp`.
+    It needs no teacher, and complements another regularizer, such as `l2_sp`.
 
     Args:
       features: `[batch, dim]`, the input of the head of the network in training. On
         meshes with explicit axes they are gathered.
-      k: how many singular values to shrink, from 1 to `min(batch, dim)`.
+      k: number of singular values to shrink, from 1 to `min(batch, dim)`.
 
     Returns:
       A scalar in float32, exact to about `1e-6` times the square of the largest
       singular value; 0 for an empty matrix. Its first derivative is exact, higher ones
-      are not. Where the `k`-th smallest singular value is as large as the next, the
-      gradient is that of one choice among them.
+      are not. If the `k`-th and the next smallest singular values are equal, the
+      gradient is that of one of them.
 
     Raises:
-      TypeError: if `k` is no integer.
-      ValueError: if `features` is no matrix or `k` is out of range.
+      TypeError: `k` is no integer.
+      ValueError: `features` is no matrix, or `k` is out of range.
 
     Example:
       >>> features = jnp.array([[3.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
@@ -45,8 +45,8 @@ def batch_spectral_shrinkage(
       https://papers.nips.cc/paper/2019/hash/c6bff625bdb0393992c9d4db0c6bbe45-Abstract.html
 
     Differs from the reference implementation, which differentiates a singular value
-    decomposition of the features. That is NaN for repeated values, and for vanishing
-    ones, which is where this regularizer leads.
+    decomposition of the features. Its derivative is NaN for repeated values and for
+    zeros, towards which this regularizer leads.
     """
     if features.ndim != 2:
         raise ValueError(
@@ -66,11 +66,10 @@ def batch_spectral_shrinkage(
     matrix = on_every_device(jnp.asarray(features).astype(jnp.float32))
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     # Eigenvalues of this Gram matrix are the squares; `eigh` sorts them upwards. The
-    # sum of the k smallest is the least value of `||U^T F||^2` over all U with k
-    # orthonormal columns, and is taken at the eigenvectors. At a minimum over U the
-    # derivative through U is zero, so holding it constant leaves the gradient
-    # `2 U U^T F` exact. The derivative of `eigh` would divide by the differences of
-    # eigenvalues instead, which may be 0.
+    # sum of the k smallest is the minimum of `||U^T F||^2` over all U with k
+    # orthonormal columns, which the eigenvectors attain. At a minimum the derivative
+    # through U is zero, so the gradient `2 U U^T F` with constant U is exact. The
+    # derivative of `eigh` would divide by differences of eigenvalues, which may be 0.
     held = jax.lax.stop_gradient(wide)
     _, directions = jnp.linalg.eigh(_product(held, held.T))
     smallest = directions[:, :k]  # [rank, k]
@@ -78,5 +77,5 @@ def batch_spectral_shrinkage(
 
 
 def _product(a: Array, b: Array) -> Array:
-    """Returns the matrix product in full float32, also where less is the default."""
+    """Returns the matrix product in full float32, whatever the default is."""
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

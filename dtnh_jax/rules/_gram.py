@@ -1,4 +1,4 @@
-"""The Gram matrix of two gradients, and how rules answer to it."""
+"""The Gram matrix of two gradients, and the types of rules."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,9 +10,9 @@ from jaxtyping import Array, Bool, Float
 class Gram:
     """The Gram matrix `[[<g, g>, <g, r>], [<g, r>, <r, r>]]` of each group.
 
-    It is kept as three arrays of one shape `[*groups]`: at element scope, an array
-    `[*groups, 2, 2]` would take four times the memory of a gradient. A rule reads it
-    like that array, `gram[..., i, j]`, and `jnp.asarray(gram)` makes it.
+    It is stored as three arrays of shape `[*groups]`: at element scope, an array
+    `[*groups, 2, 2]` would take four times the memory of a gradient. A rule indexes it
+    like that array, `gram[..., i, j]`; `jnp.asarray(gram)` returns that array.
 
     Attributes:
       gg: `<g, g>`.
@@ -33,20 +33,21 @@ class Gram:
         return jnp.stack([jnp.stack(row, axis=-1) for row in rows], axis=-2)
 
 
-# What rules are called with.
+# Rules accept both.
 AnyGram = Gram | Float[Array, "*groups 2 2"]
 Weights = Float[Array, "*groups 2"]
-Rule = Callable[[Any], Weights]  # of `AnyGram`
-# What a function is known by, but for the types in it.
+Rule = Callable[[Any], Weights]  # from `AnyGram`
+# Attributes that a rule copies from its function; not the types of its arguments.
 _NAMES = ("__module__", "__name__", "__qualname__", "__doc__")
 
 
 class Coefficients(NamedTuple):
-    """What a rule adds to `g` in each group: `g * g's gradient + r * r's`.
+    """The coefficients of both gradients in the regularizer's part, for each group.
 
-    The first is a rule's weight of `g` less 1. A weight near 1 is known to rounding,
-    and what is beyond 1 is all that is left of a conflict with a small regularizer: so
-    it is not computed by subtraction where a rule can tell it by itself.
+    The part is the update minus the loss gradient, so the coefficient of `g` is a
+    rule's weight of `g` minus 1. In a conflict with a small regularizer that difference
+    is tiny, and the subtraction would lose it to rounding. So rules return it directly
+    if they can.
     """
 
     g: Float[Array, "*groups"]
@@ -54,7 +55,7 @@ class Coefficients(NamedTuple):
 
 
 def from_coefficients(coefficients: Callable[[Any], tuple[Any, Any]]) -> Rule:
-    """Makes a rule from a function that returns its `Coefficients`."""
+    """Returns a rule, from a function that returns its `Coefficients`."""
 
     def rule(gram: AnyGram) -> Weights:
         g, r = coefficients(gram)
@@ -67,7 +68,7 @@ def from_coefficients(coefficients: Callable[[Any], tuple[Any, Any]]) -> Rule:
 
 
 def coefficients(rule: Rule, gram: Gram) -> Coefficients:
-    """Returns what any rule adds to `g`, as exactly as the rule can tell."""
+    """Returns the coefficients of any rule, exactly if the rule defines them."""
     if exact := getattr(rule, "coefficients", None):
         g, r, _ = jnp.broadcast_arrays(*exact(gram), gram.gg)
     else:
@@ -82,21 +83,21 @@ def weights(loss: Any, regularizer: Any) -> Weights:
 
 
 def ratio(numerator: Array, denominator: Array) -> Array:
-    """A quotient that is 0 where the denominator is."""
+    """Returns the quotient, or 0 where the denominator is 0."""
     is_zero = denominator == 0
     return jnp.where(is_zero, 0, numerator / jnp.where(is_zero, 1, denominator))
 
 
 class Polar(NamedTuple):
-    """A Gram matrix as lengths and an angle, whose products cannot leave their range.
+    """A Gram matrix as lengths and a cosine, whose products can not overflow.
 
-    Where nearly parallel gradients cancel, `versine` and `coversine` are what is left:
+    `versine` and `coversine` stay accurate where nearly parallel gradients cancel:
     `||g - r||^2` is `(g - r)**2 + 2 * g * r * versine`.
     """
 
-    g: Float[Array, "*groups"]  # lengths, over that of the longer gradient
+    g: Float[Array, "*groups"]  # lengths, divided by that of the longer gradient
     r: Float[Array, "*groups"]
-    cosine: Float[Array, "*groups"]  # in [-1, 1], and 0 where a gradient is
+    cosine: Float[Array, "*groups"]  # in [-1, 1]; 0 if a gradient is zero
     has_both: Bool[Array, "*groups"]  # neither gradient is zero
 
     @property
@@ -111,12 +112,12 @@ class Polar(NamedTuple):
 
     @property
     def sine(self) -> Array:
-        """Of the angle, at least 0."""
+        """Sine of the angle, at least 0."""
         return jnp.sqrt(self.versine * self.coversine)
 
     @property
     def rounding(self) -> float:
-        """How much the cosine of two parallel gradients may differ from 1."""
+        """Largest rounding error of the cosine of two parallel gradients."""
         return 8 * float(jnp.finfo(self.cosine.dtype).eps)
 
 

@@ -1,12 +1,12 @@
 """Features of a frozen teacher on disk, so that later epochs need no forward pass.
 
-It needs Grain, from the extra `finetune`. In the directory given, a folder for each
-teacher, choice of layers and number of examples holds:
+Requires Grain, from the extra `finetune`. The directory has a folder for each teacher,
+choice of layers and number of examples, with these files:
 
-meta.json        what is stored, and how many examples are complete
-digests.npy      of the bytes of each example, uint8 [n, 16]
-features-*.npy   of one layer each, [n, ...]
-lock             held while the folder is being filled
+meta.json        description of the arrays, and the number of complete examples
+digests.npy      digest of each example's bytes, uint8 [n, 16]
+features-*.npy   features of one layer, [n, ...]
+lock             held while a process fills the folder
 """
 
 import hashlib
@@ -33,7 +33,7 @@ from dtnh_jax.teacher_cache._files import (
 )
 from dtnh_jax.teacher_cache._hashes import digest, fingerprint
 
-_VERSION = 1  # of the format; another one is another key
+_VERSION = 1  # of the format; part of the folder's key
 _ENTRY = "teacher"
 
 Example = Mapping[str, Any]  # of arrays
@@ -41,7 +41,7 @@ Examples = grain.MapDataset | grain.sources.RandomAccessDataSource
 
 
 class StaleCacheError(ValueError):
-    """An example is not the one that the cached features were computed from."""
+    """An example differs from the one of its cached features."""
 
 
 def cache_features(
@@ -56,42 +56,41 @@ def cache_features(
 ) -> grain.MapDataset:
     """Computes a teacher's features of every example once, and keeps them on disk.
 
-    The first call runs `compute` over all examples; later ones, also of other
-    processes, read what it gave. A call that was killed goes on where it was.
+    The first call runs `compute` over all examples. Later calls, in other processes
+    too, read the stored features. After an interruption, the next call resumes.
 
-    Features belong to an example as it is: random augmentation would leave them behind.
-    So each example is compared, whenever it is read, with the one that its features
-    were computed from. What is done to images after this can not be noticed.
+    Random augmentation would change examples after their features were computed. So
+    each example is compared with its stored digest whenever it is read. Augmentation
+    after this dataset can not be detected.
 
-    Of the teacher, its variables are what tells one from another. What else `compute`
-    does, such as its architecture or preprocessing, is not seen: give another directory
-    when that changes.
+    A teacher is identified by its variables. Other changes of `compute`, such as
+    another architecture or preprocessing, are not detected: use another directory then.
 
     Args:
-      directory: where to keep features. It may hold those of other teachers, layers
-        and numbers of examples; other data, such as another split, of the same size
-        need a directory of their own.
-      examples: read by index; dicts of arrays, all of one shape, without an entry
-        "teacher". At least one, and not repeated.
+      directory: folder of the features. It may also hold features of other teachers,
+        layers and numbers of examples. Other data of the same size, such as another
+        split, need another directory.
+      examples: read by index; dicts of arrays of equal shapes, without an entry
+        "teacher". At least one example, and not repeated.
       compute: maps a batch `{entry: [batch_size, ...]}` to features by layer,
-        `{layer: [batch_size, ...]}`; the jitted forward pass in evaluation mode. It
-        gets batches of one size, so it compiles once: repeats of the last example,
-        whose features are dropped, fill up the last batch.
-      teacher: the variables that `compute` uses, which are hashed.
-      layers: the names of the layers to keep, of those that `compute` gives.
+        `{layer: [batch_size, ...]}`; for example the jitted forward pass in evaluation
+        mode. Batches have one size, so it compiles once: repeats of the last example
+        fill the last batch, and their features are dropped.
+      teacher: the variables that `compute` uses; they are hashed.
+      layers: names of the layers to store, among those that `compute` returns.
       batch_size: examples in a batch, at least 1.
-      progress: whether to show a bar, where the standard error is a terminal.
+      progress: whether to show a progress bar, if the standard error is a terminal.
 
     Returns:
-      A dataset of the examples, in their order, with a further entry
+      A dataset of the examples, in their order, with another entry
       `"teacher": {layer: array}`, to shuffle, repeat and batch. It can be sent to
       Grain's worker processes.
 
     Raises:
-      ValueError: if an argument is out of range, examples differ in shape, or
-        `compute` does not give what it should.
-      StaleCacheError: a ValueError; also while reading, if an example is another than
-        when its features were computed.
+      ValueError: an argument is out of range, examples differ in shape, or `compute`
+        returns other features than documented.
+      StaleCacheError: a ValueError; also while reading, if an example differs from the
+        one of its features.
 
     Example:
       >>> import tempfile
@@ -115,13 +114,13 @@ def cache_features(
     if not 0 < count < sys.maxsize:
         got = "a dataset that repeats" if count else "0"
         raise ValueError(
-            f"`examples` must hold a number of examples, at least 1, got {got}. Repeat "
-            "what `cache_features` returns."
+            f"`examples` must hold a finite number of examples, at least 1, got {got}. "
+            "Repeat the dataset that `cache_features` returns instead."
         )
     if digest(_read(examples, 0)) != digest(_read(examples, 0)):
         raise StaleCacheError(
-            "`examples` must give the same example whenever it is read, got two at "
-            "index 0: drop random augmentation."
+            "`examples` must return the same example at every read, got two at index "
+            "0: drop random augmentation."
         )
     key = [_VERSION, fingerprint(teacher), names, count]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()
@@ -135,12 +134,12 @@ def cache_features(
         with locked(folder):
             _fill(folder, examples, compute, names, batch_size, progress)
     cached = _Cached(examples, folder)
-    _ = cached[0]  # other data are found out now, not in the first epoch
+    _ = cached[0]  # detects other data now, not in the first epoch
     return grain.MapDataset.source(cached)
 
 
 class _Cached:
-    """Examples with their features, from a folder that is complete."""
+    """Examples with their features, from a complete folder."""
 
     def __init__(self, examples: Examples, folder: pathlib.Path):
         self._examples, self._folder = examples, folder
@@ -154,12 +153,12 @@ class _Cached:
             self._stored = open_folder(self._folder)
         example, stored = _read(self._examples, index), self._stored
         _check(example, index, stored.digests, self._folder)
-        # Copies, so that nobody holds on to the files or finds arrays read-only.
+        # Copies, so that arrays are writable and do not keep the files open.
         features = {name: np.array(x[index]) for name, x in stored.features.items()}
         return {**example, _ENTRY: features}
 
     def __getstate__(self) -> dict[str, Any]:
-        # Each process maps the files itself; pickled, they would be sent as a whole.
+        # Each process maps the files itself; pickling would send their content.
         return {**self.__dict__, "_stored": None}
 
 
@@ -171,12 +170,12 @@ def _fill(
     batch_size: int,
     progress: bool,
 ) -> None:
-    """Computes the features that a folder does not hold yet."""
+    """Computes the features that a folder lacks."""
     count, stored = len(examples), None
     try:
         stored = open_folder(folder, "r+")
     except UNUSABLE:
-        # Deleted, not overwritten: some process may have mapped the old files.
+        # Deleted, not overwritten: a process may have mapped the old files.
         for path in [*folder.glob("*.npy"), *folder.glob("meta.json*")]:
             path.unlink()
     done = stored.done if stored else 0
@@ -200,7 +199,7 @@ def _fill(
             expected = (batch_size, *features.shape[1:])
             if value.shape != expected or value.dtype != features.dtype:
                 raise ValueError(
-                    f"`compute` must give {features.dtype} {expected} at layer "
+                    f"`compute` must return {features.dtype} {expected} at layer "
                     f"{name!r}, as in {folder}, got {value.dtype} {value.shape}. "
                     "Delete that folder if the data or the model have changed."
                 )
@@ -210,13 +209,13 @@ def _fill(
         ]
         for array in (stored.digests, *stored.features.values()):
             cast(np.memmap, array).flush()
-        # Last: what it counts as done is on disk.
+        # Last, so that the examples it counts are on disk.
         stored.meta["done"] = end
         write_meta(folder, stored.meta)
 
 
 def _read(examples: Examples, index: int) -> Example:
-    """Returns an example, or raises if it is none that features can be added to."""
+    """Returns an example; raises ValueError if features can not be added to it."""
     example = examples[index]
     if not isinstance(example, Mapping) or _ENTRY in example:
         is_other = not isinstance(example, Mapping)
@@ -229,31 +228,31 @@ def _read(examples: Examples, index: int) -> Example:
 
 
 def _stacked(rows: list[Example], start: int, batch_size: int) -> Example:
-    """Returns a batch of the rows, filled up with repeats of the last one."""
+    """Returns a batch of the rows, padded with repeats of the last one."""
     filled = rows + rows[-1:] * (batch_size - len(rows))
     try:
         return jax.tree.map(lambda *leaves: np.stack(leaves), *filled)
     except ValueError as error:
         raise ValueError(
-            "`examples` must all have the same entries and shapes, those from "
-            f"{start} to {start + len(rows) - 1} have not: {error}"
+            "`examples` must all have the same entries and shapes; those from "
+            f"{start} to {start + len(rows) - 1} differ: {error}"
         ) from error
 
 
 def _computed(values: Mapping[str, Any], names: list[str]) -> dict[str, np.ndarray]:
-    """Returns the features of the layers asked for, on the host."""
+    """Returns the features of the selected layers, on the host."""
     missing = [name for name in names if name not in values]
     if missing:
         raise ValueError(
-            f"`compute` must give every layer of `layers`, got none for {missing[0]!r} "
-            f"but {list(values)}."
+            "`compute` must return every layer of `layers`, got none for "
+            f"{missing[0]!r} but {list(values)}."
         )
     arrays = jax.device_get({name: values[name] for name in names})
     return {name: np.asarray(array) for name, array in arrays.items()}
 
 
 def _checked_layers(layers: Sequence[str]) -> list[str]:
-    """Returns the names in the order of the alphabet, which does not matter."""
+    """Returns the names in alphabetical order, so that their order has no effect."""
     names = [layers] if isinstance(layers, str) else list(layers)
     if isinstance(layers, str) or not all(isinstance(x, str) and x for x in names):
         raise TypeError(f"`layers` must be a list of names, got {layers!r}.")
@@ -267,17 +266,16 @@ def _checked_layers(layers: Sequence[str]) -> list[str]:
 def _check(
     example: Example, index: int, digests: np.ndarray, folder: pathlib.Path
 ) -> None:
-    """Raises unless an example is the one that its features belong to."""
+    """Raises StaleCacheError unless an example matches its digest."""
     if digest(example) != digests[index].tobytes():
         raise StaleCacheError(
-            f"Example {index} is not the one that its features in {folder} were "
-            "computed from: delete that folder if the data have changed, or drop "
-            "random augmentation."
+            f"Example {index} differs from the one of its features in {folder}: delete "
+            "that folder if the data have changed, or drop random augmentation."
         )
 
 
 def _tracked(starts: Sequence[int], progress: bool) -> Iterable[int]:
-    """Shows a bar over the batches, on a terminal alone."""
+    """Shows a progress bar over the batches, if there is a terminal."""
     if not (progress and starts and sys.stderr.isatty()):
         return starts
     from rich.console import Console

@@ -1,4 +1,4 @@
-"""Hashes of trees: the same for the same numbers, whatever holds them."""
+"""Hashes of trees that do not depend on the types of containers and arrays."""
 
 import hashlib
 import json
@@ -17,16 +17,16 @@ DIGEST_BYTES = 16
 def fingerprint(tree: PyTree) -> str:
     """Hashes a tree: paths, dtypes, shapes and bytes of its leaves.
 
-    Containers count by their paths alone, so a `FrozenDict` is as good as a dict.
+    Only the paths of containers count, so a `FrozenDict` hashes like a dict.
 
     Args:
-      tree: of arrays and numbers, such as a network's variables.
+      tree: a tree of arrays and numbers, such as a network's variables.
 
     Returns:
       A SHA-256 in hexadecimal digits.
 
     Raises:
-      TypeError: if a leaf is neither an array nor a number; names its path.
+      TypeError: a leaf is neither an array nor a number; the error names its path.
 
     Example:
       >>> fingerprint({"w": np.ones(2)}) == fingerprint({"w": jnp.ones(2, float)})
@@ -56,7 +56,7 @@ def _hashed(tree: PyTree, into: Any) -> Any:
                 f"A leaf must be an array or a number, got {type(leaf).__name__} at "
                 f"{name!r}."
             )
-        # As JSON, so that no two sequences of leaves spell the same bytes.
+        # As JSON, so that different sequences of leaves give different bytes.
         head = [name, array.dtype.name, array.dtype.byteorder, array.shape]
         into.update(json.dumps(head).encode() + b"\n")
         into.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))

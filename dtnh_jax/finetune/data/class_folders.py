@@ -1,4 +1,4 @@
-"""Photographs of one's own: a folder for each class, `--target folder:PATH`."""
+"""Your own photographs, a folder for each class: `--target folder:PATH`."""
 
 import collections
 import os
@@ -29,7 +29,7 @@ _SPLITS = {
 
 
 class _Found(NamedTuple):
-    """A picture."""
+    """A picture that was found."""
 
     split: str  # "train" if there are no splits
     class_name: str
@@ -41,23 +41,23 @@ def load_folder(
 ) -> Target:
     """Opens a folder of pictures, in either of two layouts.
 
-    A folder for each class, with pictures of any size in it or in folders within it; or
-    folders `train` and `test`, `val` or both, each with a folder for every class. Links
-    are followed. Every picture is decoded once, to find those that are damaged: they
-    are left out, as are files that are no pictures by their suffix, links to nothing
-    and folders that this command wrote; `Target.notes` says how many of each. Hidden
-    files and folders, whose names begin with a dot, are passed over.
+    The first layout has a folder for each class, with pictures of any size at any
+    depth. The second has folders `train` and `test`, `val` or both, each with a folder
+    for every class. Links are followed. Every picture is decoded once to find damaged
+    ones. These are left out, and so are files whose suffix is not a picture's, broken
+    links, and folders that this command wrote; `Target.notes` counts them. Hidden files
+    and folders, whose names begin with a dot, are ignored.
 
     Args:
-      path: of the folder; `~` is the user's home.
-      outputs: folders that results and the like are written to, which are no classes.
+      path: path of the folder; `~` is the user's home.
+      outputs: folders for results and caches, which are not classes.
 
     Returns:
-      The target. Classes are in the order of their names, pictures in that of theirs.
+      The target. Classes and pictures are sorted by name.
 
     Raises:
-      ValueError: the folder has neither layout, has fewer than two classes, or a class
-        has no picture, in one of the splits too.
+      ValueError: the folder has neither layout, it has fewer than two classes, or a
+        class has no picture in one of the splits.
     """
     root = expanded(path)
     if not root.is_dir():
@@ -97,7 +97,7 @@ def load_folder(
         of_kind[why] = [str(path.relative_to(root)) for path in left]
     return Target(
         name=f"folder:{printable(os.fspath(path))}",
-        licence="pictures of your own: what you may do with them, you know",
+        licence="your own pictures",
         class_names=names,
         examples=grain.MapDataset.range(len(good)).map(read),
         labels=labels,
@@ -129,8 +129,8 @@ def _find(tree: folder_tree.Tree) -> list[_Found]:
         others = [folder.name for folder, known in zip(folders, is_split) if not known]
         raise ValueError(
             f"{root} mixes two layouts: beside a folder for training it has "
-            f"{_list(others)}. Either all its folders are classes, or they are "
-            "`train`, `val` and `test`."
+            f"{_list(others)}. Its folders must all be classes, or be `train`, `val` "
+            "and `test`."
         )
     found, seen = [], {}
     for folder in folders:
@@ -150,7 +150,7 @@ def _find_classes(
     classes: Sequence[pathlib.Path],
     split: str,
 ) -> list[_Found]:
-    """Returns what the folders of classes hold, at any depth."""
+    """Returns the pictures in the folders of classes, at any depth."""
     if len(classes) < 2:
         raise ValueError(
             f"{folder} must have a folder for each of at least 2 classes, got "
@@ -158,7 +158,7 @@ def _find_classes(
         )
     found = []
     for class_folder in classes:
-        # As a Mac and others write the same name in two ways.
+        # Normalized, because systems encode the same name in different ways.
         name = printable(unicodedata.normalize("NFC", class_folder.name))
         pictures, others = [], collections.Counter()
         seen = folder_tree.above(tree, class_folder)
@@ -180,7 +180,7 @@ def _find_classes(
 def _class_names(
     root: pathlib.Path, found: Sequence[_Found], good: Sequence[_Found]
 ) -> tuple[str, ...]:
-    """Returns the names of the classes, all of which have pictures in every split."""
+    """Returns the names of classes; raises unless each has pictures in every split."""
     names = sorted({picture.class_name for picture in found})
     for split in sorted({picture.split for picture in found}):
         present = {picture.class_name for picture in found if picture.split == split}
@@ -198,7 +198,7 @@ def _class_names(
 
 
 def _folders(tree: folder_tree.Tree, folder: pathlib.Path) -> list[pathlib.Path]:
-    """Returns folders of classes or splits, beside which there must be no pictures."""
+    """Returns the folders of classes or splits; raises if pictures are beside them."""
     folders, loose, above = [], [], folder_tree.above(tree, folder)
     for path in folder_tree.listed(folder):
         why = folder_tree.what_is_wrong(tree, path)

@@ -1,7 +1,7 @@
-"""Photographs of solar cells, working or broken: a TFDS builder over a PyPI package.
+"""A TFDS builder for ELPV, photographs of solar cells, from a PyPI package.
 
-The package `elpv-dataset` carries the photographs themselves, so nothing here
-downloads anything, and nothing here imports TensorFlow.
+The package `elpv-dataset` contains the photographs, so this module downloads nothing.
+It does not import TensorFlow.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ LICENCE = (
     "https://creativecommons.org/licenses/by-nc-sa/4.0"
 )
 CLASS_NAMES = ("functional", "defective")
-_NO_LABEL = -1  # how TFDS writes that an example has no class
+_NO_LABEL = -1  # TFDS's label of an example without a class
 
 _DESCRIPTION = """
 2,624 electroluminescence photographs, 300x300 and grey, of the cells of 44 solar
@@ -56,7 +56,7 @@ _CITATION = """
 
 
 class TargetUnavailableError(ValueError):
-    """A target is known, but what it is read from is not installed."""
+    """A package from which a target is read is missing."""
 
 
 # Not registered by name: nothing looks it up, and a reload of this module would fail.
@@ -64,8 +64,8 @@ class Elpv(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """The ELPV data set.
 
     Config `certain` holds the 2,223 cells whose probability is 0 (functional) or 1
-    (defective). Config `all` adds the 401 that the experts doubted, with label -1:
-    to call them either would be our opinion, and nobody's measurement.
+    (defective). Config `all` adds the 401 other cells, about which the experts were
+    uncertain, with label -1.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -75,12 +75,12 @@ class Elpv(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         tfds.core.BuilderConfig(name="all", description="Every photograph."),
     ]
 
-    # Where TFDS would look for checksums of downloads. Left to itself it searches with
-    # the package importlib_resources, which it does not declare: often it is missing.
+    # Folder of TFDS's checksums. Without it, TFDS searches with importlib_resources, a
+    # package that it does not declare and that is often missing.
     code_path = None
 
     def _info(self) -> tfds.core.DatasetInfo:
-        """Returns what TFDS shows and stores next to the records."""
+        """Returns the metadata that TFDS stores beside the records."""
         return tfds.core.DatasetInfo(
             builder=self,
             description=_DESCRIPTION,
@@ -98,8 +98,8 @@ class Elpv(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 }
             ),
             supervised_keys=("image", "label"),
-            # Keep the order of the table: an index then names the same photograph
-            # under every version of TFDS, whose shuffle is its own affair.
+            # Keep the order of the table, so that an index means the same photograph
+            # under every version of TFDS, whatever its shuffle.
             disable_shuffling=True,
         )
 
@@ -113,7 +113,7 @@ class Elpv(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _generate_examples(
         self, data: Traversable
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yields the row number in the table and the example, for the rows wanted."""
+        """Yields row number and example, for the rows of the config."""
         wants_doubtful = self.builder_config_name == "all"
         table = (data / "labels.csv").read_text(encoding="utf-8")
         for row, line in enumerate(table.splitlines()):
@@ -134,10 +134,10 @@ class Elpv(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def prepare(data_dir: str | os.PathLike[str], config: str = "certain") -> Elpv:
-    """Writes the records under `data_dir` (77 MB, two seconds), unless they are there.
+    """Writes the records under `data_dir` (77 MB, two seconds), unless they exist.
 
-    TFDS writes into a directory of another name and renames it at the end, so what
-    an interrupted call leaves behind is never read.
+    TFDS writes to a temporary directory and renames it at the end, so the remains of an
+    interrupted call are never read.
 
     Args:
       data_dir: directory that holds prepared data sets; made if missing.
@@ -155,16 +155,16 @@ def prepare(data_dir: str | os.PathLike[str], config: str = "certain") -> Elpv:
 
     elpv = builder()
     if not elpv.data_path.exists():
-        _package_data()  # before TFDS makes directories and adds lines to the error
+        _package_data()  # before TFDS makes directories and extends the error
         try:
             with _quiet():
                 elpv.download_and_prepare()
         except OSError:
-            # The rename fails where another process, such as the run of another
-            # seed, was faster. Its records are as good as ours.
+            # The rename fails if another process, such as the run of another seed, was
+            # faster. Its records are equal.
             if not elpv.data_path.exists():
                 raise
-        elpv = builder()  # reads what is there, whoever wrote it
+        elpv = builder()  # reads the existing records
     return elpv
 
 
@@ -174,14 +174,14 @@ def _package_data() -> Traversable:
         return importlib.resources.files("elpv_dataset") / "data"
     except ModuleNotFoundError as error:
         raise TargetUnavailableError(
-            "The target 'elpv' is read from the package elpv-dataset, which is not "
-            "installed. Cure: pip install elpv-dataset"
+            "The target 'elpv' needs the package elpv-dataset, which is not installed: "
+            "pip install elpv-dataset"
         ) from error
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps TFDS from printing and drawing bars; leaves warnings and logs alone."""
+    """Silences TFDS's prints and progress bars, but not warnings and logs."""
     # The switch has a public setter and no getter.
     had_bars = getattr(tqdm_utils, "_active", True)
     tfds.display_progress_bar(False)

@@ -1,16 +1,16 @@
-"""Folders that are searched for pictures: links, strangers, and what is our own."""
+"""Searches folders for pictures; skips broken links, other files and our own output."""
 
 import os
 import pathlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# Those of phones, .heic, are no format of PIL, and said to be unreadable.
+# PIL can not read .heic, the format of phones; such files are reported as unreadable.
 _SUFFIXES = {
     *(".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jpeg", ".jpg"),
     *(".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
 }
-# Why files, and folders, are left out, as `survey.left_out` says it.
+# Reasons to leave out files and folders, as `survey.left_out` words them.
 STRANGE, LOST = "are no pictures", "are links to nothing"
 SHUT, AGAIN = "can not be opened", "are links to folders that are read already"
 OURS = "hold results or caches"
@@ -18,26 +18,26 @@ OF_FOLDERS = (SHUT, AGAIN, OURS)
 
 
 class Tree(NamedTuple):
-    """A folder that is searched, and what is found out on the way."""
+    """A folder that is searched, with the files and folders that are left out."""
 
     root: pathlib.Path
-    outputs: tuple[pathlib.Path, ...]  # folders that are no classes
+    outputs: tuple[pathlib.Path, ...]  # folders for results, which are not classes
     left: dict[str, list[pathlib.Path]]  # by reason
 
     def leave(self, why: str, path: pathlib.Path) -> None:
-        """Leaves a file or a folder out."""
+        """Records that a file or a folder is left out."""
         self.left.setdefault(why, []).append(path)
 
 
 def walk(
     tree: Tree, folder: pathlib.Path, seen: set[tuple[int, int]]
 ) -> Iterator[tuple[pathlib.Path, str]]:
-    """Yields files at any depth with why they are left out, "" for pictures.
+    """Yields files at any depth with the reason to leave them out, "" for pictures.
 
     Args:
-      tree: that is searched.
-      folder: where to begin.
-      seen: folders that are not to be read again, the folder itself among them.
+      tree: the tree that is searched.
+      folder: the folder to start from.
+      seen: keys of folders that are already read, including `folder`.
     """
     try:
         paths = listed(folder)
@@ -56,7 +56,7 @@ def walk(
 
 
 def what_is_wrong(tree: Tree, path: pathlib.Path) -> str:
-    """Returns why a file or a folder is left out, or "" if it is not."""
+    """Returns the reason to leave out a file or a folder, or ""."""
     if os.path.isdir(path):
         return OURS if _is_output(tree, path) else ""
     if not os.path.exists(path):
@@ -66,7 +66,7 @@ def what_is_wrong(tree: Tree, path: pathlib.Path) -> str:
 
 
 def _is_output(tree: Tree, folder: pathlib.Path) -> bool:
-    """Whether a folder holds a run, what was exported, or something that is cached."""
+    """Returns whether a folder holds a run, an export or a cache."""
     if any(os.path.exists(x) and os.path.samefile(x, folder) for x in tree.outputs):
         return True
 
@@ -74,7 +74,7 @@ def _is_output(tree: Tree, folder: pathlib.Path) -> bool:
         return all(os.path.isfile(folder / name) for name in names)
 
     return (
-        has("machine.json")  # a run, which has it from its first moment
+        has("machine.json")  # a run writes this file first
         or has("config.json", "cells.jsonl")
         or has("model.safetensors", "README.md")
         or has("CACHEDIR.TAG")
@@ -82,7 +82,7 @@ def _is_output(tree: Tree, folder: pathlib.Path) -> bool:
 
 
 def is_ours_alone(tree: Tree, folder: pathlib.Path) -> bool:
-    """Whether a folder, such as `runs`, has folders of ours in it and no pictures."""
+    """Returns whether a folder, such as `runs`, only has our output folders."""
     has_ours = False
     for _, why in walk(tree, folder, above(tree, folder)):
         if not why:
@@ -92,18 +92,18 @@ def is_ours_alone(tree: Tree, folder: pathlib.Path) -> bool:
 
 
 def above(tree: Tree, folder: pathlib.Path) -> set[tuple[int, int]]:
-    """Keys of the folders that a folder within the tree is in, and of itself."""
+    """Returns the keys of a folder and of its parents within the tree."""
     real, within = tree.root.resolve(), [folder, *folder.parents]
     within = within[: within.index(tree.root)]
     return {key_of(x) for x in (*within, real, *real.parents)}
 
 
 def key_of(folder: pathlib.Path) -> tuple[int, int]:
-    """What a folder has, by whatever name."""
+    """Returns a folder's identity, which does not depend on its name."""
     found = folder.stat()
     return found.st_dev, found.st_ino
 
 
 def listed(folder: pathlib.Path) -> list[pathlib.Path]:
-    """What a folder holds that is not hidden, in the order of names."""
+    """Returns the visible entries of a folder, sorted by name."""
     return sorted(path for path in folder.iterdir() if path.name[0] != ".")

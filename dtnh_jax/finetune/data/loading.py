@@ -1,7 +1,7 @@
-"""From a target to batches: splits, examples in memory, and what feeds a loop.
+"""From a target to batches.
 
-`split` draws indices, `materialize` reads those once into arrays, `views` are those
-with their mirror images, and the two `*_batches` functions feed a loop.
+`split` draws indices, `materialize` reads their examples into arrays, `views` adds
+mirror images, and the two `*_batches` functions make batches for a loop.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class Examples:
         return len(self.labels)
 
     def pick(self, rows: np.ndarray) -> "Examples":
-        """Returns some of them, in the order of their rows."""
+        """Returns the examples at `rows`, in that order."""
         return Examples(self.images[rows], self.labels[rows])
 
 
@@ -45,19 +45,19 @@ def split(
 ) -> Splits:
     """Draws the same number of examples from every class, without overlap.
 
-    Each class is shuffled once; validation is cut from its front, training follows,
-    and test is cut from its back. So for one seed the test set is the same whatever
-    `train_per_class` is, and a smaller training set is part of every larger one. That
-    is what curves over the number of training examples need. With `test_per_class`
-    None the test set is all the rest, which a larger training set shrinks.
+    Each class is shuffled once. Validation takes the first examples, training the next,
+    and test the last. So for one seed the test set does not depend on
+    `train_per_class`, and a smaller training set is part of every larger one, as curves
+    over the number of training examples require. With `test_per_class` None the test
+    set is the rest, which shrinks as the training set grows.
 
     Args:
       labels: the label of every example, at least 0.
-      seed: of the shuffles, at least 0.
+      seed: seed of the shuffles, at least 0.
       train_per_class: training examples of each class, at least 1.
       validation_per_class: validation examples of each class, at least 0.
-      test_per_class: test examples of each class, at least 1; None takes all the
-        rest, in the proportions that the target has.
+      test_per_class: test examples of each class, at least 1; None takes the rest, with
+        the target's proportions of classes.
 
     Returns:
       The indices of the three sets.
@@ -92,9 +92,9 @@ def split(
                 f"(`validation_per_class`) + {asked_for_test} (`test_per_class`"
                 + (", which leaves at least 1)." if test_per_class is None else ").")
             )
-        # The raw stream, because NumPy promises that it never changes; what
-        # `Generator.permutation` makes of it may (NEP 19). A stream per class keeps
-        # one class's draw apart from the sizes of the others.
+        # The raw stream, because NumPy guarantees that it never changes; the result of
+        # `Generator.permutation` may (NEP 19). With a stream for each class, the draw
+        # of a class does not depend on the sizes of the others.
         draws = np.random.PCG64([seed, label]).random_raw(len(members))
         shuffled = members[np.argsort(draws, kind="stable")]
         train_end = validation_per_class + train_per_class
@@ -114,20 +114,20 @@ def split(
 def materialize(
     target: Target, indices: Int[np.ndarray, " n"], image_size: int
 ) -> Examples:
-    """Reads, resizes and keeps examples in memory.
+    """Reads and resizes examples, and keeps them in memory.
 
-    Targets of fine-tuning are small (2,223 images at 96 pixels: 61 MB), and decoding a
-    photograph takes milliseconds, as a training step on it does: so each is decoded
-    and resized once, not once an epoch.
+    Targets of fine-tuning are small (2,223 images at 96 pixels: 61 MB). Decoding a
+    photograph takes milliseconds, as long as a training step on it, so each photograph
+    is decoded and resized once instead of once per epoch.
 
     Args:
-      target: where to read from.
-      indices: which examples, in this order.
+      target: the target to read from.
+      indices: indices of the examples, in the order of the result.
       image_size: height and width of the result, in pixels; the aspect ratio is not
         kept. Bicubic, with antialiasing.
 
     Returns:
-      As many examples as indices. Grey images have three equal channels.
+      The examples. Grey images have three equal channels.
 
     Raises:
       ValueError: `image_size` is below 1, an index is out of range, or an image has
@@ -148,14 +148,14 @@ def materialize(
                 f"Example {index} of {target.name!r} must be [h, w, 1] or [h, w, 3], "
                 f"got {list(pixels.shape)}."
             )
-        # PIL knows a grey image by its missing axis.
+        # PIL recognizes a grey image by its missing axis.
         image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
         image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
         return np.asarray(image.convert("RGB"))
 
     images = np.empty((len(indices), image_size, image_size, 3), np.uint8)
     if len(indices):
-        # Read by Grain's threads: PIL releases the interpreter lock where it works.
+        # Grain's threads read them, because PIL releases the interpreter lock.
         reader = grain.MapDataset.source(indices.tolist()).map(resized)
         with quiet():
             for row, image in enumerate(reader.to_iter_dataset()):
@@ -164,14 +164,14 @@ def materialize(
 
 
 def views(examples: Examples) -> grain.MapDataset:
-    """Every image as it is, upside down, mirrored, and both: all that training sees.
+    """Returns four views of every image: original, upside down, mirrored, and both.
 
     Args:
-      examples: at least one.
+      examples: at least one example.
 
     Returns:
-      A dataset of `VIEWS` times as many `{"image": uint8 [h, w, 3], "label": int32}`,
-      those of one example next to each other.
+      A dataset of `VIEWS` times as many `{"image": uint8 [h, w, 3], "label": int32}`;
+      the views of an example are adjacent.
 
     Raises:
       ValueError: there are no examples.
@@ -192,21 +192,21 @@ def views(examples: Examples) -> grain.MapDataset:
 def training_batches(
     views: grain.MapDataset, batch_size: int, seed: int
 ) -> grain.MapDataset[Batch]:
-    """Endless batches: shuffled anew each epoch, each example in a random view.
+    """Returns endless batches, shuffled each epoch, with a random view of each example.
 
-    Batches run on over the end of an epoch, so every example is seen once an epoch and
-    every batch is full, even where `batch_size` exceeds the number of examples.
+    A batch may span two epochs. So every example occurs once per epoch and every batch
+    is full, even if `batch_size` exceeds the number of examples.
 
     Args:
-      views: as the function of that name returns them, or with more entries, such as
-        those of `teacher_cache.cache_features`.
+      views: result of `views`, or with more entries, such as those of
+        `teacher_cache.cache_features`.
       batch_size: examples in a batch, at least 1.
-      seed: of order and views, from 0 to 2**32 - 1.
+      seed: seed of order and views, from 0 to 2**32 - 1.
 
     Returns:
       A dataset whose element at `step` is the batch of that step,
-      `{"image": uint8 [b, h, w, 3], "label": int32 [b]}`. It is a pure function of
-      the arguments and `step`: a loop resumes by starting at another step.
+      `{"image": uint8 [b, h, w, 3], "label": int32 [b]}`. It is a pure function of the
+      arguments and `step`, so a loop can resume at any step.
 
     Raises:
       ValueError: an argument is out of range.
@@ -230,15 +230,15 @@ def training_batches(
 
 
 def evaluation_batches(examples: Examples, batch_size: int) -> list[Batch]:
-    """Cuts examples, in order, into batches of one size, so that jit compiles once.
+    """Splits examples, in order, into batches of one size, so that jit compiles once.
 
     Args:
-      examples: what to evaluate on; full batches are views of its arrays.
+      examples: the examples; full batches are views of their arrays.
       batch_size: examples in a batch, at least 1.
 
     Returns:
       Batches `{"image": uint8 [b, h, w, 3], "label": int32 [b], "mask": bool [b]}`.
-      The mask is False where zeros fill up the last batch: leave those out of sums.
+      The mask is False for the zeros that pad the last batch: leave them out of sums.
 
     Raises:
       ValueError: `batch_size` is below 1.
@@ -261,6 +261,6 @@ def evaluation_batches(examples: Examples, batch_size: int) -> list[Batch]:
 
 
 def _at_least(argument: str, value: int, bound: int) -> None:
-    """Raises unless `value` is `bound` or more."""
+    """Raises ValueError unless `value` is at least `bound`."""
     if value < bound:
         raise ValueError(f"`{argument}` must be at least {bound}, got {value}.")

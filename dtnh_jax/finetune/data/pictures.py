@@ -1,8 +1,8 @@
-"""One picture, of whatever mode and format, as an array of grey or RGB.
+"""Reads a picture of any mode and format as an array of grey or RGB.
 
-Formats of more than 8 bits do not say which number is white: floats may go from 0 to 1
-or to 255, and cameras fill 10 or 12 bits of 16. So `look` says how high the numbers of
-a picture go, and whoever reads a set of pictures has one white for all of them.
+Formats with more than 8 bits do not define which number is white: floats may go from 0
+to 1 or to 255, and cameras fill 10 or 12 bits of 16. So `look` returns the largest
+number of a picture, and all pictures of a set share one white.
 """
 
 import contextlib
@@ -19,12 +19,12 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-# By mode, what the numbers of more than 8 bits are.
+# The kind of numbers of modes with more than 8 bits.
 _DEEP = {"F": "floats"} | dict.fromkeys(
     ("I", "I;16", "I;16L", "I;16B", "I;16N"), "integers"
 )
 _WHITES = (1.0, 255.0, 1023.0, 4095.0, 16383.0, 65535.0)
-_DARK = 16  # what white of 12 bits becomes where it is read as 16
+_DARK = 16  # the white of 12 bits, read as 16 bits
 _ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -39,20 +39,20 @@ UNREADABLE = "can not be read"
 
 
 class UnreadableError(OSError):
-    """A picture can not be read any more."""
+    """A picture can no longer be read."""
 
 
 class ModeError(ValueError):
-    """A picture is whole, but its numbers are no brightness; says so of several."""
+    """A picture's numbers are not brightness; the message is worded for several."""
 
 
 class Look(NamedTuple):
-    """What a look at a picture finds."""
+    """The result of `look`."""
 
     digest: str = ""  # of the whole file
-    problem: str = ""  # what is wrong with it and its like, such as `UNREADABLE`
-    kind: str = ""  # "floats" or "integers", where they have more than 8 bits
-    highest: float = 0.0  # of those
+    problem: str = ""  # worded for several pictures, such as `UNREADABLE`
+    kind: str = ""  # "floats" or "integers", for numbers of more than 8 bits
+    highest: float = 0.0  # largest of those numbers
 
 
 def read_picture(
@@ -63,28 +63,27 @@ def read_picture(
 
     Args:
       file: a path, or an open file.
-      white: by kind of numbers, as `white_of` says for a set of pictures. Without it,
-        the picture is a set of its own.
+      white: white by kind of numbers, the result of `white_of` for a set of pictures.
+        By default that of this picture alone.
 
     Returns:
-      One channel if the picture is grey, else three. Palettes, CMYK and the like become
-      RGB; what is transparent becomes white, because the colours under it may be any.
-      Numbers of more than 8 bits are scaled. Cameras store how they were held: the
-      picture is turned upright, if what they stored can be read. Of an animation it is
-      the first frame.
+      One channel if the picture is grey, else three. Palettes, CMYK and other modes
+      become RGB. Transparent pixels become white. Numbers of more than 8 bits are
+      scaled. The picture is rotated upright if the camera's orientation can be read.
+      An animation gives its first frame.
 
     Raises:
-      Exception: the picture is damaged; which one, depends on the format.
+      Exception: the picture is damaged; the type depends on the format.
     """
     with Image.open(file) as image:
         return _pixels(image, white)
 
 
 def look(file: str | os.PathLike[str] | bytes) -> Look:
-    """Reads a picture to its end, as `read_picture` does, to know if it can.
+    """Reads a picture completely, to check whether `read_picture` can.
 
-    JPEGs are decoded at an eighth of their size, which reads all of the file and is
-    several times quicker.
+    JPEGs are decoded at an eighth of their size, which reads the whole file and is
+    several times faster.
 
     Args:
       file: a path, or the content of a file.
@@ -104,18 +103,18 @@ def look(file: str | os.PathLike[str] | bytes) -> Look:
         return Look(digest, "are too large to be read")
     except ModeError as error:
         return Look(digest, str(error))
-    except Exception:  # readers of damaged files raise whatever they stumble over
+    except Exception:  # readers of damaged files raise any exception
         return Look(digest, UNREADABLE)
     return Look(digest)
 
 
 def is_readable(path: str | os.PathLike[str]) -> bool:
-    """Whether a picture can be decoded to its end."""
+    """Returns whether a picture can be decoded completely."""
     return not look(path).problem
 
 
 def white_of(looks: Iterable[Look]) -> dict[str, float]:
-    """What is white in a set of pictures: the first full scale that none exceeds.
+    """Returns the white of a set of pictures: the first full scale that none exceeds.
 
     Example:
       >>> white_of([Look(kind="integers", highest=900), Look(kind="floats")])
@@ -133,7 +132,7 @@ def white_of(looks: Iterable[Look]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silences what PIL warns of, without the name of the file: see `look` instead."""
+    """Silences PIL's warnings, which do not name the file; `look` reports problems."""
     logger = logging.getLogger("PIL")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -152,7 +151,7 @@ def _pixels(
     image.load()
     pixels = np.asarray(_grey_or_rgb(_upright(image), white))
     if is_deep and image.mode not in _DEEP and pixels.max(initial=0) < _DARK:
-        # PIL reads the upper 8 bits alone, and the others would be needed.
+        # PIL reads only the upper 8 bits, and the lower ones would be needed.
         raise ModeError(
             f"are of mode {image.mode} with 16 bits, of which the upper 8 are all but "
             "black,"
@@ -161,11 +160,11 @@ def _pixels(
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    # Not by PIL's `exif_transpose`: it reads, and writes anew, all else that the camera
-    # stored, and fails where a number of no consequence is damaged.
+    # Not by PIL's `exif_transpose`, which also rewrites all other metadata and fails if
+    # any of them is damaged.
     try:
         turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # whatever a reader of damaged data raises
+    except Exception:  # readers of damaged data raise any exception
         return image
     return image if turn is None else image.transpose(turn)
 

@@ -1,9 +1,9 @@
-"""How many pictures of a target to train, validate and test on, and which.
+"""Chooses the numbers of training, validation and test pictures, and draws them.
 
-All classes have the same number in each set. What the options leave open follows from
-the rarest class: a third of its pictures for the test, a sixth for validation if there
-is `--tune`, the others for training, and never more than the caps below. A target with
-a test split of its own is tested on that.
+All classes have the same number in each set. By default the rarest class determines the
+numbers: a third of its pictures for the test, a sixth for validation with `--tune`, the
+rest for training, each limited by the caps below. A target with its own test split is
+tested on that split.
 """
 
 from typing import NamedTuple
@@ -19,26 +19,26 @@ _MOST = {"train": 50, "validation": 100, "test": 300}
 
 
 class Sizes(NamedTuple):
-    """Pictures of each class."""
+    """Numbers of pictures of each class."""
 
     train: int  # of every seed
     validation: int
     test: int
 
     def as_options(self) -> dict[str, int]:
-        """The options of `Config` that ask for them."""
+        """Returns the options of `Config` for these numbers."""
         return {f"{name}_per_class": each for name, each in self._asdict().items()}
 
 
 def sizes(target: Target, config: Config) -> Sizes:
-    """Numbers of pictures of each class: those of the options, or sensible ones.
+    """Returns the numbers of pictures of each class: the options', or defaults.
 
     Args:
-      target: what is split.
-      config: its `*_per_class` win where they are given.
+      target: the target to split.
+      config: the options; `*_per_class` replace the defaults.
 
     Returns:
-      The numbers; that they can be had, `draw` checks.
+      The numbers. `draw` checks that there are enough pictures.
 
     Raises:
       ValueError: a class has no pictures, or too few to leave some for each set.
@@ -83,18 +83,18 @@ def sizes(target: Target, config: Config) -> Sizes:
 
 
 def draw(target: Target, wanted: Sizes) -> Splits:
-    """Draws validation and test sets, and all that seeds may draw from for training.
+    """Draws validation and test sets, and the pool of training pictures of all seeds.
 
     Args:
-      target: with splits of its own or without.
-      wanted: pictures of each class.
+      target: the target, with or without its own splits.
+      wanted: numbers of pictures of each class.
 
     Returns:
-      Indices; of the training set as many for each class as the rarest has, and so
-      possibly more than `wanted.train`.
+      Indices. The training set has as many of each class as the rarest class, which may
+      be more than `wanted.train`.
 
     Raises:
-      ValueError: a class has fewer pictures than are wanted.
+      ValueError: a class has fewer pictures than wanted.
     """
     own = target.splits
     if own is None:
@@ -138,7 +138,7 @@ def draw(target: Target, wanted: Sizes) -> Splits:
 
 
 def _rarest(target: Target, indices: Int[np.ndarray, " n"], part: str) -> int:
-    """Returns how many examples the rarest class has, which must not be none."""
+    """Returns the number of examples of the rarest class; raises if it is 0."""
     counts = np.bincount(target.labels[indices], minlength=len(target.class_names))
     if missing := [target.class_names[i] for i in np.flatnonzero(counts == 0)]:
         shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
@@ -149,7 +149,7 @@ def _rarest(target: Target, indices: Int[np.ndarray, " n"], part: str) -> int:
 def _shuffled(
     labels: Int[np.ndarray, " n"], indices: Int[np.ndarray, " m"], label: int
 ) -> Int[np.ndarray, " k"]:
-    """Returns the members of a class, in an order that is the same for ever."""
+    """Returns the members of a class in a fixed random order."""
     members = indices[labels[indices] == label]
     draws = np.random.PCG64([0, label]).random_raw(len(members))
     return members[np.argsort(draws, kind="stable")]

@@ -1,4 +1,4 @@
-"""A look at every picture of a set, before any is used: which to leave out, and why."""
+"""Reads every picture of a set before use, to leave out unreadable ones."""
 
 import concurrent.futures
 import hashlib
@@ -17,12 +17,12 @@ _FULL = 65535.0  # white of integers that fill their 16 bits
 
 
 class Survey(NamedTuple):
-    """What is found out about pictures in an order."""
+    """The result of `survey`."""
 
-    good: list[int]  # the numbers of those that can be read
-    white: dict[str, float]  # of these, for `read_picture`
+    good: list[int]  # indices of the pictures that can be read
+    white: dict[str, float]  # their white, for `read_picture`
     digest: str  # of their names and files
-    notes: tuple[str, ...]  # which are left out, and what is taken for white
+    notes: tuple[str, ...]  # sentences on pictures left out and on the white
 
 
 def survey(
@@ -31,17 +31,17 @@ def survey(
     known: Mapping[str, float] | None = None,
     what: str = "files",
 ) -> Survey:
-    """Looks at pictures, in as many threads as there are cores.
+    """Reads pictures, in as many threads as there are cores.
 
     Args:
       files: paths or contents.
-      names: of the files, for notes; no two are the same.
-      known: what is white, by kind of numbers, because a network was trained so.
-      what: they are called in notes.
+      names: unique names of the files, for notes.
+      known: the white of the training pictures by kind of numbers, if there were any.
+      what: word for the pictures in notes.
     """
     looks, waiting = [], iter(files)
     with quiet(), concurrent.futures.ThreadPoolExecutor() as pool:
-        # Some at a time: a pool would read all contents before it looked at the first.
+        # In groups, because a pool would read all contents before the first look.
         while some_files := list(itertools.islice(waiting, _AT_ONCE)):
             looks += pool.map(look, some_files)
     known = known or {}
@@ -64,7 +64,7 @@ def survey(
 
 
 def left_out(broken: Mapping[str, Sequence[str]], what: str) -> list[str]:
-    """Returns a sentence for each reason to leave out the files of those names."""
+    """Returns a sentence for each reason, with the names that are left out."""
     return [
         f"{len(names)} {what} {why} and are left out: {some(names)}."
         for why, names in broken.items()
@@ -79,6 +79,6 @@ def _on_white(kept: Sequence[Look], white: Mapping[str, float]) -> list[str]:
         if (kind, number) != ("integers", _FULL):
             sentences.append(
                 f"{len(ours)} pictures hold {kind} of more than 8 bits up to "
-                f"{max(ours):g}: {number:g} is taken for white."
+                f"{max(ours):g}: {number:g} is used as white."
             )
     return sentences

@@ -1,4 +1,4 @@
-"""What a task of classification is, wherever its pictures come from."""
+"""The type of a classification task."""
 
 import dataclasses
 import hashlib
@@ -14,7 +14,7 @@ from jaxtyping import Int
 
 
 class Splits(NamedTuple):
-    """Indices into one target, ascending and without an overlap."""
+    """Indices of a target's examples, ascending and disjoint."""
 
     train: Int[np.ndarray, " train"]
     validation: Int[np.ndarray, " validation"]
@@ -26,17 +26,17 @@ class Target:
     """A classification task, not yet split, resized or in memory.
 
     Attributes:
-      name: what `load_target` knows it by.
-      licence: one line to print wherever the data is used.
+      name: its name for `load_target`.
+      licence: one line, to be printed when the data are used.
       class_names: the name of each label, in the order of labels.
-      examples: read by index; gives `{"image": uint8 [h, w, c], "label": int}`, with
-        1 or 3 channels. Sizes may differ from one example to the next.
+      examples: read by index; returns `{"image": uint8 [h, w, c], "label": int}`, with
+        1 or 3 channels. Sizes of examples may differ.
       labels: the label of every example, so that `split` decodes no image.
-      splits: of its publishers, if they define a test set; that of validation may be
-        empty, and examples may be in none of the three.
-      notes: sentences to print once, such as which pictures were left out.
-      digest: of the pictures, where those of a name may be other ones another time.
-      white: in pictures of more than 8 bits, see `pictures.white_of`.
+      splits: the publishers' splits, if they define a test set. The validation split
+        may be empty, and examples may be in none of the three.
+      notes: sentences to print once, for example on pictures that were left out.
+      digest: digest of the pictures, if the pictures of this name may change.
+      white: white of pictures with more than 8 bits, see `pictures.white_of`.
     """
 
     name: str
@@ -51,11 +51,11 @@ class Target:
 
 
 def contents(target: Target) -> dict[str, Any]:
-    """What tells a target's pictures from those of another, ready for JSON.
+    """Returns the identity of a target's pictures, for JSON.
 
     Returns:
-      A `digest` of all that decides which pictures are in which set, and for a sentence
-      on what differs how many `pictures` each class has.
+      A `digest` of everything that determines the sets of pictures, and the number of
+      `pictures` of each class, for messages.
 
     Example:
       >>> import grain
@@ -79,7 +79,7 @@ def published_splits(
     validation: Int[np.ndarray, " validation"],
     test: Int[np.ndarray, " test"],
 ) -> tuple[Splits | None, tuple[str, ...]]:
-    """What to make of splits of which one or two may be empty.
+    """Returns splits and notes, from published splits that may be empty.
 
     Args:
       train: indices, at least one.
@@ -88,8 +88,8 @@ def published_splits(
 
     Returns:
       `Target.splits`, None if all examples are in `train`; and notes. Many data sets
-      have one split beside that for training and call it validation: it is what they
-      are compared on, so it is the test set here.
+      have one split besides training and call it validation. Methods are compared on
+      it, so it is the test set here.
 
     Example:
       >>> nobody, some = np.zeros(0, int), np.array([2, 3])

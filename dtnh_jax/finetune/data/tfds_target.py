@@ -1,7 +1,7 @@
 """Image classification sets of TensorFlow Datasets, without TensorFlow.
 
-`--target tfds:NAME`, `tfds:NAME/CONFIG` or `tfds:NAME:VERSION`: what is in the data
-directory is read, the rest is downloaded by TFDS and prepared there.
+`--target tfds:NAME`, `tfds:NAME/CONFIG` or `tfds:NAME:VERSION` reads a set from the
+data directory; if it is missing, TFDS downloads and prepares it there.
 """
 
 import contextlib
@@ -29,16 +29,16 @@ def load_tfds(name: str, data_dir: pathlib.Path) -> Target:
     """Opens a set of TFDS, and prepares it the first time.
 
     Args:
-      name: as `tfds.builder` takes it: of the set, and of its config and version after
-        `/` and `:` if the first and the latest will not do.
-      data_dir: where sets are prepared, in the format array_record.
+      name: name for `tfds.builder`: that of the set, optionally with `/` and a config
+        (by default the first) and `:` and a version (by default the latest).
+      data_dir: folder of prepared sets, in the format array_record.
 
     Returns:
-      The target. Its splits are those that TFDS calls train, validation and test;
-      examples without a label, as in the test sets of competitions, are left out.
+      The target. Its splits are TFDS's train, validation and test. Examples without a
+      label, as in the test sets of competitions, are left out.
 
     Raises:
-      ValueError: there is no such set, or it is none of image classification.
+      ValueError: there is no such set, or it is not for image classification.
       TargetUnavailableError: the set can not be downloaded or read here.
     """
     builder = _builder(name, data_dir)
@@ -49,8 +49,8 @@ def load_tfds(name: str, data_dir: pathlib.Path) -> Target:
         raise ValueError(f"`tfds:{name}` must have a split train, got {known}.")
     if not np.issubdtype(_features(builder.info)[image_key].np_dtype, np.integer):
         raise ValueError(
-            f"`tfds:{name}` must have pictures of whole numbers, got {image_key} of "
-            "floats, which TFDS keeps in another way."
+            f"`tfds:{name}` must have pictures of integers, got {image_key} of floats, "
+            "which TFDS stores in another way."
         )
     try:
         sources = {
@@ -71,7 +71,7 @@ def load_tfds(name: str, data_dir: pathlib.Path) -> Target:
         )
     except TargetUnavailableError:
         raise
-    except Exception as error:  # whatever readers of damaged records raise
+    except Exception as error:  # readers of damaged records raise any exception
         raise _unreadable(name, builder.data_path, error) from error
     rows = [labelled[i] for i in seen.good]
     splits, notes = published_splits(
@@ -116,12 +116,12 @@ def _builder(name: str, data_dir: pathlib.Path) -> tfds.core.DatasetBuilder:
         ) from error
     except ImportError:
         raise  # the command says what to install
-    except Exception as error:  # of the config, of the version, of damaged files
+    except Exception as error:  # unknown config or version, damaged files
         raise ValueError(f"`tfds:{name}` can not be opened: {_cause(error)}") from error
 
 
 def _keys(name: str, info: tfds.core.DatasetInfo) -> tuple[str, str]:
-    """Returns which features are the picture and its class."""
+    """Returns the keys of the picture and its class."""
     features = _features(info)
     images = [k for k, v in features.items() if type(v) is tfds.features.Image]
     classes = [k for k, v in features.items() if type(v) is tfds.features.ClassLabel]
@@ -138,7 +138,7 @@ def _keys(name: str, info: tfds.core.DatasetInfo) -> tuple[str, str]:
 
 
 def _features(info: tfds.core.DatasetInfo) -> dict[str, Any]:
-    """Returns what an example has; nothing if it is no dictionary."""
+    """Returns the features of an example; none if it is no dictionary."""
     features: Any = info.features
     return dict(features.items()) if hasattr(features, "items") else {}
 
@@ -146,7 +146,7 @@ def _features(info: tfds.core.DatasetInfo) -> dict[str, Any]:
 def _prepared(
     name: str, builder: tfds.core.DatasetBuilder, data_dir: pathlib.Path
 ) -> tfds.core.DatasetBuilder:
-    """Returns a builder that can be read, after a download where that is needed."""
+    """Returns a builder that can be read, after a download if needed."""
     if not builder.data_path.exists():
         try:
             with _encoding_by_pil():
@@ -154,8 +154,8 @@ def _prepared(
         except Exception as error:  # network, disk, checksums, packages, licences
             raise TargetUnavailableError(
                 f"`tfds:{name}` can not be prepared in {data_dir}: {_cause(error)}. "
-                "Where TFDS can prepare it, do so with `file_format='array_record'`, "
-                "and give that folder as `--data-dir`."
+                "Prepare it on a machine where TFDS can, with "
+                "`file_format='array_record'`, and pass that folder as `--data-dir`."
             ) from error
         builder = _builder(name, data_dir)
     return builder
@@ -164,7 +164,7 @@ def _prepared(
 def _source(
     name: str, builder: tfds.core.DatasetBuilder, split: str, image_key: str
 ) -> Sequence[dict[str, Any]]:
-    """Returns the examples of a split, whose pictures are encoded still."""
+    """Returns the examples of a split, with encoded pictures."""
     try:
         # TFDS wraps the method in a way that pyright reads as taking no arguments.
         return builder.as_data_source(
@@ -173,16 +173,16 @@ def _source(
         )
     except NotImplementedError as error:
         raise TargetUnavailableError(
-            f"`tfds:{name}` is prepared in {builder.data_path} in a format that is not "
-            "read by index: give another `--data-dir`, or prepare it with "
+            f"`tfds:{name}` is prepared in {builder.data_path} in a format that can "
+            "not be read by index: set another `--data-dir`, or prepare it with "
             "`file_format='array_record'`."
         ) from error
 
 
 def _unreadable(name: str, path: Any, error: Exception) -> TargetUnavailableError:
     return TargetUnavailableError(
-        f"`tfds:{name}` can not be read from {path}: {_cause(error)}. Without that "
-        "folder, it is prepared anew."
+        f"`tfds:{name}` can not be read from {path}: {_cause(error)}. Delete that "
+        "folder to prepare it again."
     )
 
 
@@ -197,9 +197,9 @@ def _labels(source: Sequence[dict[str, Any]], label_key: str) -> Iterator[int]:
 
 @contextlib.contextmanager
 def _encoding_by_pil() -> Iterator[None]:
-    """Has TFDS encode arrays with PIL, where it would ask TensorFlow, which is missing.
+    """Makes TFDS encode arrays with PIL instead of TensorFlow, which is missing.
 
-    PNG loses nothing either way. Sets of files, the most, are not encoded at all.
+    PNG is lossless either way. Most sets consist of files and are not encoded at all.
     """
     if importlib.util.find_spec("tensorflow"):
         yield

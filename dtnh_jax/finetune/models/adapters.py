@@ -1,4 +1,4 @@
-"""Low-rank adapters: the pretrained matrices stay, and small ones learn to add."""
+"""Low-rank adapters: frozen pretrained matrices plus small trained ones."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,16 +14,16 @@ RANK = 4
 
 
 def new_adapters(params: Any, key: PRNGKeyArray, rank: int = RANK) -> Any:
-    """Draws adapters of all matrices but the head's; at first they add nothing.
+    """Draws adapters of all matrices except the head's; initially they add zero.
 
     Args:
-      params: of the network, with a `head`.
-      key: for `lora_a`, `[inputs, rank]`, normal with variance `1 / inputs`. `lora_b`,
-        `[rank, outputs]`, is zero.
-      rank: of the product, at least 1.
+      params: parameters of the network, with a `head`.
+      key: key for `lora_a`, `[inputs, rank]`, which is normal with variance
+        `1 / inputs`. `lora_b`, `[rank, outputs]`, is zero.
+      rank: rank of the product, at least 1.
 
     Returns:
-      A tree with `lora_a` and `lora_b` in the place of every adapted `kernel`.
+      A tree with `lora_a` and `lora_b` in place of every adapted `kernel`.
 
     References:
       Hu et al., 2021, section 4.1, https://arxiv.org/abs/2106.09685
@@ -48,7 +48,7 @@ def add_adapters(params: Any, adapters: Any) -> Any:
 
 
 def check_adapters(params: Any, methods: Sequence[str], name: str) -> None:
-    """Raises ValueError for methods with adapters where there is nothing to adapt."""
+    """Raises ValueError for methods with adapters if there is no matrix to adapt."""
     asked = [method for method in methods if METHODS[method].has_adapters]
     if asked and not _matrices(params):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 in Flax linen, quick enough to fine-tune on a CPU."""
+"""EfficientNet-Lite0 in Flax linen, fast enough to fine-tune on a CPU."""
 
 from collections.abc import Callable
 from functools import partial
@@ -46,15 +46,14 @@ def depthwise_convolution(
     many times slower than adding up `size * size` shifted slices of `x`, each times
     one row of the kernel. Values and gradients are the same up to rounding.
 
-    "platform" settles which when the code is lowered, not when it is traced: a
-    function exported from a CPU for a GPU or TPU holds the grouped convolution.
-    "platform" and "shifted" define their own gradient (XLA is slow at the automatic
-    one, and slower still if a choice between platforms is differentiated), so they
-    have reverse mode but no `jax.jvp`; "grouped" has both.
+    "platform" chooses when the code is lowered, not when it is traced: a function
+    exported from a CPU for a GPU or TPU contains the grouped convolution. "platform"
+    and "shifted" define their own gradient, because XLA compiles slow code for the
+    automatic one. So they have reverse mode but no `jax.jvp`; "grouped" has both.
 
     Args:
       x: images or feature maps.
-      kernel: one `size * size` kernel a channel, as `nn.Conv` shapes it.
+      kernel: one `size * size` kernel per channel, shaped as in `nn.Conv`.
       stride: step of the windows in both directions, at least 1.
       implementation: "shifted", "grouped", or "platform": shifted on CPUs and
         grouped elsewhere.
@@ -63,7 +62,7 @@ def depthwise_convolution(
       Feature maps whose height and width are divided by `stride`, rounded up.
 
     Raises:
-      ValueError: for a `stride` below 1 or an unknown `implementation`.
+      ValueError: `stride` is below 1, or `implementation` is unknown.
 
     Example:
       >>> x, kernel = jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 1))
@@ -89,7 +88,7 @@ def _on_platform(
     grouped: Callable[..., Any],
     *operands: Array,
 ) -> Any:
-    """Returns `shifted(*operands)` on a CPU or on demand, else `grouped(*operands)`."""
+    """Returns `shifted(*operands)` if on a CPU or selected, else `grouped`."""
     if implementation == "shifted":
         return shifted(*operands)
     return lax.platform_dependent(*operands, cpu=shifted, default=grouped)
@@ -137,15 +136,14 @@ def _shifted_gradient(stride, x, kernel, cotangent):
     """Returns the cotangents of `x` and `kernel`."""
     size, channels = len(kernel), x.shape[-1]
     pads = _same_pads(stride, x, size)
-    # Of x: the stride's gaps are filled with zeros, then windows meet the kernel
-    # turned round.
+    # For x: zeros fill the gaps of the stride, then windows meet the flipped kernel.
     spans = [(n - 1) * stride + 1 for n in cotangent.shape[1:3]]
     before = [size - 1 - low for low, _ in pads]
     after = [n + low - m for n, m, (low, _) in zip(x.shape[1:3], spans, pads)]
     spread = _pad(cotangent, zip(before, after), gaps=stride - 1)
     x_grad = _weighted_sum(_windows(spread, size, 1), kernel[::-1, ::-1])
-    # Of the kernel: one reduction with many results reads its inputs once; as many
-    # reductions of one result take twice the time to run and to compile.
+    # For the kernel: one reduction with many results reads its inputs once; separate
+    # reductions take twice the time to run and to compile.
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     windows = _windows(_pad(x, pads), size, stride)
     products = [w.astype(dtype) * cotangent.astype(dtype) for w in windows]
@@ -160,7 +158,7 @@ def _add(left, right):
 
 
 def _same_pads(stride, x, size):
-    """Returns (low, high) of height and width; "SAME" puts the odd one out high."""
+    """Returns (low, high) of height and width; "SAME" pads an odd pixel high."""
     return lax.padtype_to_pads(x.shape[1:3], (size, size), (stride, stride), "SAME")
 
 
@@ -170,7 +168,7 @@ def _pad(x, pads, gaps=0):
 
 
 def _windows(padded, size, stride):
-    """Returns for every element of a kernel the part of `padded` it is applied to."""
+    """Returns, for every element of a kernel, the part of `padded` it multiplies."""
     height, width = ((n - size) // stride * stride + 1 for n in padded.shape[1:3])
     return [
         padded[:, i : i + height : stride, j : j + width : stride]
@@ -204,7 +202,7 @@ class DepthwiseConvolution(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Widens pointwise, convolves depthwise, narrows pointwise; adds its input."""
+    """Expands pointwise, convolves depthwise, projects pointwise; adds its input."""
 
     stage: Stage
     stride: int
@@ -215,7 +213,7 @@ class InvertedResidual(nn.Module):
         self, inputs: Float[Array, "b h w c"], *, train: bool
     ) -> Float[Array, "b h2 w2 c2"]:
         """Returns the feature maps, in `dtype`."""
-        # On CPUs a matrix product is quicker than XLA's convolution of one pixel.
+        # On CPUs a matrix product is faster than XLA's 1x1 convolution.
         pointwise = partial(nn.Dense, use_bias=False, dtype=self.dtype)
         norm = _norm(train, self.dtype)
         x = inputs
@@ -235,16 +233,17 @@ class EfficientNetLite0(nn.Module):
     With `lite.STAGES["efficientnet-lite1"]` it is EfficientNet-Lite1, which is deeper.
 
     Collections: "params"; "batch_stats", updated with `train=True` if mutable; and
-    what the classifier sees, `pooled`, in "intermediates" for a caller who makes that
-    collection mutable. Block `b` of stage `s` is the submodule `stage_s_block_b`, and
-    the classifier is `head`: `linen.capture_features` finds their outputs.
+    "intermediates", with the classifier's input `pooled`, if mutable. Block `b` of
+    stage `s` is the submodule `stage_s_block_b`, and the classifier is `head`:
+    `linen.capture_features` finds their outputs.
 
     Differs from the official network: no stochastic depth in training.
 
     Args:
       num_classes: number of logits.
-      dropout_rate: of the pooled features in training, from the stream "dropout".
-      dtype: of the computation; parameters are float32.
+      dropout_rate: dropout rate of the pooled features in training, with the stream
+        "dropout".
+      dtype: dtype of the computation; parameters are float32.
       stages: the blocks, from the images to the head.
 
     Example:
@@ -289,8 +288,8 @@ class EfficientNetLite0(nn.Module):
 
 
 def _norm(train: bool, dtype: Any) -> Callable[..., nn.BatchNorm]:
-    # The original's momentum, 0.99, is for long training: after 50 steps of
-    # fine-tuning, running statistics would still be those of the source's images.
+    # The original's momentum, 0.99, suits long training: after 50 steps of fine-tuning,
+    # running statistics would still be mostly those of the source's images.
     return partial(
         nn.BatchNorm,
         use_running_average=not train,

@@ -1,6 +1,6 @@
-"""ResNet-18, 34 and 50 in Flax linen: torchvision's, number by number.
+"""ResNet-18, 34 and 50 in Flax linen, with the same outputs as torchvision's.
 
-How the variables here are called there:
+Names of variables:
 
   here                             torchvision
   stem, stem_norm                  conv1, bn1
@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-# What torchvision's weights of ImageNet were trained with, of channels from 0 to 1.
+# Mean and deviation of ImageNet's channels, from 0 to 1, as in torchvision.
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Depth(NamedTuple):
-    """What tells one ResNet from another."""
+    """The blocks of a ResNet."""
 
     blocks: tuple[int, int, int, int]  # of each stage
     is_bottleneck: bool
@@ -38,10 +38,10 @@ DEPTHS = {
 
 
 class Block(nn.Module):
-    """Two convolutions of 3x3, or one between two of 1x1, and what they are added to.
+    """A residual block: two 3x3 convolutions, or a 3x3 between two 1x1 convolutions.
 
-    The stride is in the convolution of 3x3, as in torchvision ("version 1.5"), and not
-    in the first of 1x1, as in the paper.
+    The stride is in the 3x3 convolution, as in torchvision ("version 1.5"), instead of
+    the first 1x1 convolution, as in the paper.
     """
 
     channels: int
@@ -74,20 +74,19 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A residual network of ImageNet's kind, with torchvision's layers.
+    """A residual network for ImageNet, with torchvision's layers.
 
-    Collections: "params"; "batch_stats", updated with `train=True` if mutable; and what
-    the classifier sees, `pooled`, in "intermediates" for a caller who makes that
-    collection mutable. Block `b` of stage `s` is the submodule `stage_s_block_b`, and
-    the classifier is `head`.
+    Collections: "params"; "batch_stats", updated with `train=True` if mutable; and
+    "intermediates", with the classifier's input `pooled`, if mutable. Block `b` of
+    stage `s` is the submodule `stage_s_block_b`, and the classifier is `head`.
 
-    Differs from torchvision in training: running variances are those of the batch
-    without Bessel's correction, as everywhere in Flax.
+    Differs from torchvision in training: running variances have no Bessel correction,
+    as always in Flax.
 
     Args:
       num_classes: number of logits.
       depth: one of the values of `DEPTHS`.
-      dtype: of the computation; parameters are float32.
+      dtype: dtype of the computation; parameters are float32.
 
     Example:
       >>> import jax
@@ -114,8 +113,8 @@ class ResNet(nn.Module):
         conv, norm = _layers(train, self.dtype)
         x = conv(64, 7, 2, name="stem")(images)
         x = nn.relu(norm(name="stem_norm")(x))
-        # Padding with minus infinity, as nn.max_pool does, is torch's as well.
-        padding: Any = ((1, 1), (1, 1))  # Flax's annotation has its names alone
+        # nn.max_pool pads with minus infinity, and so does torch.
+        padding: Any = ((1, 1), (1, 1))  # Flax's annotation allows only names
         x = nn.max_pool(x, (3, 3), (2, 2), padding)
         for stage, blocks in enumerate(self.depth.blocks):
             for block in range(blocks):
@@ -129,7 +128,7 @@ class ResNet(nn.Module):
 
 
 def feature_layers(depth: Depth) -> tuple[str, ...]:
-    """The last block of every stage: what is distilled by default."""
+    """Returns the last block of every stage, the default layers for distillation."""
     return tuple(
         f"stage_{stage}_block_{blocks}"
         for stage, blocks in enumerate(depth.blocks, start=1)
@@ -149,7 +148,7 @@ def torch_name(path: tuple[str, ...]) -> str:
     """Returns torchvision's name of a variable.
 
     Args:
-      path: with the collection first.
+      path: path of the variable, starting with its collection.
 
     Example:
       >>> torch_name(("batch_stats", "stage_2_block_1", "norm_2", "mean"))
@@ -173,7 +172,7 @@ def torch_name(path: tuple[str, ...]) -> str:
 
 
 def _layers(train: bool, dtype: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Returns torch's convolution, padded alike on both sides, and normalisation."""
+    """Returns torch's convolution, with equal padding on both sides, and its norm."""
 
     def conv(features: int, size: int, stride: int, name: str) -> nn.Conv:
         return nn.Conv(

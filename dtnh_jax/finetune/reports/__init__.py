@@ -1,1 +1,1 @@
-"""Finished runs as tables, figures, pages, exported networks and predictions."""
+"""Tables, figures, pages, exported networks and predictions of finished runs."""

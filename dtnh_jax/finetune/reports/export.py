@@ -1,4 +1,4 @@
-"""`dtnh export`: hands a fine-tuned network over, with a card that says what it is."""
+"""`dtnh export`: writes a fine-tuned network with its model card."""
 
 import dataclasses
 import json
@@ -19,13 +19,13 @@ class Options:
     """Writes the fine-tuned weights of a run, and a model card beside them."""
 
     run: tyro.conf.Positional[pathlib.Path]
-    """A run folder, complete."""
+    """Folder of a complete run."""
     method: str | None = None
-    """Of which method. By default the first that resolves conflicts."""
+    """Method of the network. By default the first that resolves conflicts."""
     seed: int = 0
-    """Of which seed."""
+    """Seed of the network."""
     names: Literal["linen", "torch"] = "linen"
-    """What tensors are called and how they lie: as here, or as in PyTorch."""
+    """Names and layout of tensors: linen's or PyTorch's."""
     output: pathlib.Path | None = None
     """Folder to write to. By default `export` in the run folder."""
 
@@ -48,13 +48,13 @@ def export(options: Options) -> pathlib.Path:
     """Writes weights and card.
 
     Returns:
-      The folder that they are in.
+      The folder of both.
 
     Raises:
-      ValueError: the run is not complete, or has no such weights, or the network has no
+      ValueError: the run is not complete, has no such weights, or the network has no
         names in PyTorch.
     """
-    # Here, so that `--help` is answered at once.
+    # Imported here because `--help` should not wait for Flax.
     from dtnh_jax.finetune.runs import trained
     from dtnh_jax.finetune.weights.checkpoint_sources import ARCHITECTURES
     from dtnh_jax.finetune.weights.tensor_names import torch_tensors
@@ -87,17 +87,17 @@ def _results(path: pathlib.Path) -> dict[str, Any]:
         return json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(
-            f"{path} is damaged ({error}): the command of the run writes it anew."
+            f"{path} is damaged ({error}): run the command of that run again."
         ) from error
 
 
 def model_card(results: dict[str, Any], method: str, seed: int) -> str:
-    """What a network is, in Markdown.
+    """Returns the model card in Markdown.
 
     Args:
-      results: of `results.json`.
-      method: that it was trained with.
-      seed: that it was trained with.
+      results: content of `results.json`.
+      method: method of the training.
+      seed: seed of the training.
     """
     from dtnh_jax.finetune.methods import METHODS
 
@@ -149,8 +149,8 @@ tags: [transfer-learning, dtnh]
 {chr(10).join(lines)}
 
 `{_WEIGHTS}` holds the parameters and batch statistics, and in its metadata the classes
-and the size of pictures. `dtnh predict {_WEIGHTS} PICTURE...` classifies pictures. What
-was measured holds for pictures like those of the test, and for nothing else.
+and the size of pictures. `dtnh predict {_WEIGHTS} PICTURE...` classifies pictures. The
+measured accuracy holds only for pictures like those of the test.
 
 Made with dtnh_jax; the method is that of Wan et al., 2019,
 https://arxiv.org/abs/1911.07489
@@ -158,7 +158,7 @@ https://arxiv.org/abs/1911.07489
 
 
 def _sentence(method: Any) -> str:
-    """Says what a method does."""
+    """Returns a description of a method."""
     if not method.is_pretrained:
         return "trained from random weights"
     if method.regularizer is None:
@@ -178,14 +178,14 @@ def _percent(share: float) -> str:
 def _interval(
     numbers: dict[str, float | None], config: dict[str, Any], signed: bool = False
 ) -> str:
-    """Says a mean over seeds, with the interval where there are several."""
+    """Formats a mean over seeds, with its interval if there are several."""
     sign = "+" if signed else ""
     mean, low, high = (numbers[key] for key in ("mean", "low", "high"))
     assert mean is not None
     unit = " points" if signed else "%"
     text = f"{100 * mean:{sign}.1f}{unit}"
     if low is None or high is None:
-        return f"{text}, of one seed, which says nothing about another"
+        return f"{text}, of one seed, without an interval"
     return (
         f"{text}, mean of {config['seeds']} seeds, 95% interval "
         f"{100 * low:{sign}.1f} to {100 * high:{sign}.1f}"

@@ -1,9 +1,9 @@
-"""What pages of HTML are made of: their style, tables and figures."""
+"""The style, tables and figures of HTML pages."""
 
 import html
 from collections.abc import Sequence
 
-# What is too wide for a window scrolls in a box of its own, and the names of rows stay.
+# Wide tables and figures scroll in their own boxes; the names of rows stay in place.
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 74rem; margin: 2rem auto;
        padding: 0 1rem; color: #1a1a1a; background: #fff; overflow-wrap: anywhere; }
@@ -36,11 +36,11 @@ def table(
 
     Args:
       header: titles of the columns.
-      rows: as many cells in each.
-      caption: what is above it.
-      words: how many columns, from the left, hold words. The others hold numbers, and
-        are left out where they are empty.
-      marked: numbers of the rows that are shaded.
+      rows: rows with as many cells as `header`.
+      caption: text above the table.
+      words: number of columns, from the left, with words. The others have numbers, and
+        empty ones are left out.
+      marked: indices of the shaded rows.
     """
     kept = [
         column
@@ -67,7 +67,7 @@ def table(
 
 
 def figure(content: str, caption: str) -> str:
-    """Returns HTML under a caption, in a box that scrolls (by keys too) if narrow."""
+    """Returns HTML with a caption, in a box that scrolls (by keys too) if narrow."""
     label = text(caption)
     return (
         f"<figure>\n<figcaption>{label}</figcaption>\n"

@@ -1,4 +1,4 @@
-"""`dtnh report`: run folders side by side, in one page that opens from disk."""
+"""`dtnh report`: compares run folders in one HTML page without external files."""
 
 import base64
 import dataclasses
@@ -24,9 +24,9 @@ class Options:
     """Compares runs in one page of HTML, with their tables, figures and options."""
 
     runs: tyro.conf.Positional[tuple[pathlib.Path, ...]]
-    """Run folders, complete."""
+    """Folders of complete runs."""
     output: pathlib.Path = pathlib.Path("report.html")
-    """The page to write."""
+    """File to write."""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -45,7 +45,7 @@ def run(argv: Sequence[str]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a page says of a run."""
+    """Results and figures of a run."""
 
     name: str
     results: dict[str, Any]
@@ -56,7 +56,7 @@ def read_run(folder: pathlib.Path) -> Run:
     """Reads the results and figures of a run.
 
     Raises:
-      ValueError: it is no run folder, or not complete.
+      ValueError: the folder is no run folder, or its run is not complete.
     """
     try:
         results = json.loads((folder / "results.json").read_text())
@@ -64,8 +64,8 @@ def read_run(folder: pathlib.Path) -> Run:
         results = None
     if not (isinstance(results, dict) and {"methods", "config"} <= results.keys()):
         raise ValueError(
-            f"{folder} is no run folder that is complete: it has no results.json with "
-            "methods and options."
+            f"{folder} is not the folder of a complete run: it has no results.json "
+            "with methods and options."
         )
     figures = {
         name: (folder / name).read_bytes()
@@ -76,13 +76,13 @@ def read_run(folder: pathlib.Path) -> Run:
 
 
 def page(runs: Sequence[Run]) -> str:
-    """Returns the page; it refers to nothing outside itself.
+    """Returns the page, which needs no other files.
 
     Args:
-      runs: at least one.
+      runs: at least one run.
 
     Raises:
-      ValueError: there are none.
+      ValueError: there are no runs.
     """
     if not runs:
         raise ValueError("`dtnh report` needs run folders, got none.")
@@ -90,7 +90,7 @@ def page(runs: Sequence[Run]) -> str:
     parts = [f"<h1>{text(title)}</h1>"]
     if len(runs) > 1:
         parts += ["<h2>All methods of all runs</h2>", _overview(runs)]
-        parts += ["<h2>What differs in their options</h2>", _differing_options(runs)]
+        parts += ["<h2>Options that differ</h2>", _differing_options(runs)]
     for each in runs:
         parts.append(_section(each))
     body = "\n".join(parts)
@@ -103,7 +103,7 @@ def page(runs: Sequence[Run]) -> str:
 
 
 def _overview(runs: Sequence[Run]) -> str:
-    """Returns a row for every method of every run; the best of each task is marked."""
+    """Returns a row for every method of every run, with the best per task marked."""
     rows, best = [], {}
     for each in runs:
         target = each.results["target"]["name"]
@@ -133,7 +133,7 @@ def _overview(runs: Sequence[Run]) -> str:
 
 
 def _differing_options(runs: Sequence[Run]) -> str:
-    """Returns the options that not all runs share, one in a row."""
+    """Returns a row for each option that differs between runs."""
     configs = [each.results["config"] for each in runs]
     names = list(dict.fromkeys(name for config in configs for name in config))
     rows = []
@@ -142,14 +142,14 @@ def _differing_options(runs: Sequence[Run]) -> str:
         if len(set(values)) > 1:
             rows.append([f"--{name.replace('_', '-')}", *values])
     if not rows:
-        return "<p>Nothing: all have the same options.</p>"
+        return "<p>All runs have the same options.</p>"
     header = ["option", *(each.name for each in runs)]
     return table(header, rows, "Options", words=len(header))
 
 
 def _section(each: Run) -> str:
     """Returns the table, notes, figures and options of one run."""
-    # Here, because it imports Flax, and mistakes should be answered at once.
+    # Imported here because errors should not wait for Flax.
     from dtnh_jax.finetune.reports import report
 
     results = each.results
@@ -173,7 +173,7 @@ def _section(each: Run) -> str:
 
 
 def _tuning(tuning: Sequence[Mapping[str, Any]], strengths: Mapping[str, float]) -> str:
-    """Returns the strengths that were tried; those chosen are marked."""
+    """Returns the strengths that were tried, with the chosen ones marked."""
     rows = [
         [
             row["method"],
@@ -190,7 +190,7 @@ def _tuning(tuning: Sequence[Mapping[str, Any]], strengths: Mapping[str, float])
     return table(
         ["regularizer", "strength", "validation accuracy (%)"],
         rows,
-        "Strengths that were tried; those chosen are shaded",
+        "Strengths that were tried; the chosen ones are shaded",
         marked=chosen,
     )
 

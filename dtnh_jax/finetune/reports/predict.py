@@ -1,4 +1,4 @@
-"""`dtnh predict`: what a fine-tuned network takes pictures for."""
+"""`dtnh predict`: classifies pictures with a fine-tuned network."""
 
 import dataclasses
 import json
@@ -20,13 +20,13 @@ class Options:
     """Prints the class and its probability for every picture."""
 
     run: tyro.conf.Positional[pathlib.Path]
-    """A run folder, or a file that `dtnh export` wrote."""
+    """A run folder, or a file from `dtnh export`."""
     pictures: tyro.conf.Positional[tuple[pathlib.Path, ...]]
     """Files to classify."""
     method: str | None = None
-    """By which method's network. By default the first that resolves conflicts."""
+    """Method of the network. By default the first that resolves conflicts."""
     seed: int = 0
-    """By which seed's."""
+    """Seed of the network."""
     json: bool = False
     """Print JSON, with the probability of every class."""
 
@@ -38,7 +38,7 @@ def run(argv: Sequence[str]) -> int:
         found, notes = predict(options)
     except ValueError as error:
         return shell.refuse(str(error))
-    except OSError as error:  # a picture that could be read a moment ago
+    except OSError as error:  # a picture that was readable before
         return shell.refuse(f"{error}.")
     for note in notes:
         print(f"dtnh: {note}", file=sys.stderr)
@@ -55,13 +55,14 @@ def predict(options: Options) -> tuple[list[dict[str, Any]], list[str]]:
     """Classifies pictures.
 
     Returns:
-      For each that can be read its `file`, the most likely `class`, its `probability`,
-      and the `probabilities` of all classes by name; and sentences on the others.
+      For each picture that can be read, its `file`, the most likely `class`, its
+      `probability`, and the `probabilities` of all classes by name; and sentences on
+      the other pictures.
 
     Raises:
       ValueError: no picture can be read, or there are no such weights.
     """
-    # Here, so that `--help` is answered at once.
+    # Imported here because `--help` should not wait for Flax.
     import grain
     import jax
     import numpy as np

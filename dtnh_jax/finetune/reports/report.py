@@ -1,4 +1,4 @@
-"""From results to `report.md`, figures and tables."""
+"""Writes `report.md`, figures and tables from results."""
 
 import json
 import math
@@ -24,7 +24,7 @@ _PHOTOGRAPHS = 12
 
 
 def introduction(experiment: Experiment, folder: Folder) -> list[str]:
-    """What is about to be done, with what, and under which licences."""
+    """Returns lines on the sources, sizes and licences of a run."""
     config = experiment.config
     trainings = f"{len(config.methods)} methods x {config.seeds} seeds"
     classes = len(experiment.target.class_names)
@@ -35,8 +35,8 @@ def introduction(experiment: Experiment, folder: Folder) -> list[str]:
         *experiment.target.notes,
         f"Head: the source's, of {original} classes, is replaced by one of {classes}",
         f"Pictures of each class: {config.train_per_class} for training, "
-        f"{config.validation_per_class} for validation, {config.test_per_class} to "
-        "test on",
+        f"{config.validation_per_class} for validation, {config.test_per_class} for "
+        "the test",
         f"{trainings} of {experiment.steps} steps; folder {folder.path}",
     ]
 
@@ -65,7 +65,7 @@ def write(experiment: Experiment, folder: Folder, results: dict[str, Any]) -> No
 
 
 def _photographs(experiment: Experiment, cells: list[dict[str, Any]]) -> Any:
-    """The first test photographs of each class, with the first seed's predictions."""
+    """Plots the first test photographs of each class, with seed 0's predictions."""
     splits, target = experiment.splits, experiment.target
     labels = target.labels[splits.test]
     classes = len(target.class_names)
@@ -85,7 +85,7 @@ def _photographs(experiment: Experiment, cells: list[dict[str, Any]]) -> Any:
 
 
 def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The table of a report: its header, and a row for every method."""
+    """Returns the header of the table and a row for every method."""
     several = results["config"]["seeds"] > 1
     header = ["method", "strength", "accuracy"]
     is_even = all(
@@ -155,7 +155,7 @@ def show(console: Console, results: dict[str, Any], folder: pathlib.Path) -> Non
 def show_tuning(
     console: Console, tuning: list[dict[str, Any]], strengths: dict[str, float]
 ) -> None:
-    """Prints validation accuracies, and which strengths were chosen."""
+    """Prints validation accuracies and the chosen strengths."""
     header, body = _tuning_rows(tuning, strengths)
     table = Table(*header, title="Validation accuracy (%)")
     for row in body:
@@ -177,23 +177,23 @@ def _tuning_rows(
 
 
 def notes(results: dict[str, Any], shown: Callable[[str], str] = str) -> list[str]:
-    """What the numbers of the table are, in full sentences.
+    """Returns sentences that explain the numbers of the table.
 
     Args:
-      results: of `results.json`.
-      shown: how to write names that users gave.
+      results: content of `results.json`.
+      shown: formats names by users.
     """
     config = results["config"]
     seeds, classes = config["seeds"], len(results["class_names"])
-    drawn = results.get("draws_training_set", True)  # older results do not say
+    drawn = results.get("draws_training_set", True)  # older results lack it
     differ, share = ("training images, ", "") if drawn else ("", "training images and ")
     sentences = [
-        f"Mean and standard deviation over {seeds} seeds, differences between methods "
-        "of one seed with the 95% t-interval of their mean, in percentage points. "
+        f"Mean and standard deviation over {seeds} seeds; differences are paired by "
+        "seed, with the 95% t-interval of their mean, in percentage points. "
         f"Seeds differ in {differ}head, order and dropout, and share the {share}test "
         "set."
         if seeds > 1
-        else "One seed: it says nothing about another.",
+        else "One seed, without an interval.",
         f"Test set: {config['test_per_class'] * classes} photographs, "
         f"{config['test_per_class']} of each class, so balanced accuracy equals "
         f"accuracy. Training: {config['train_per_class'] * classes} photographs at "
@@ -211,7 +211,7 @@ def notes(results: dict[str, Any], shown: Callable[[str], str] = str) -> list[st
 
 
 def _trusts(cells: list[dict[str, Any]]) -> list[str]:
-    """How far each regularizer was trusted, and what the choice cost."""
+    """Returns a sentence for each regularizer's trust and the cost of its choice."""
     found: dict[str, list[dict[str, Any]]] = {}
     for cell in cells:
         if "trust" in cell:
@@ -219,8 +219,8 @@ def _trusts(cells: list[dict[str, Any]]) -> list[str]:
     return [
         f"{method}: cross-validation on the training photographs chose the trust "
         f"{', '.join(format(cell['trust'], 'g') for cell in ours)} (by seed), in "
-        f"{', '.join(str(cell['trainings']) for cell in ours)} trainings, the last one "
-        "on all photographs."
+        f"{', '.join(str(cell['trainings']) for cell in ours)} trainings. The last "
+        "training is on all photographs."
         for method, ours in found.items()
     ]
 

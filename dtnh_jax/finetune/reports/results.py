@@ -1,4 +1,4 @@
-"""From the results of all cells to what `results.json` holds."""
+"""Summarizes the results of all cells: the content of `results.json`."""
 
 import json
 import math
@@ -20,10 +20,10 @@ def summarize(
     strengths: dict[str, float],
     tuning: list[dict[str, Any]] | None,
 ) -> dict[str, Any]:
-    """Returns what `results.json` holds.
+    """Returns the content of `results.json`.
 
-    All of it but `measured` is a function of the configuration: a run that was
-    interrupted has the same.
+    Everything except `measured` is a function of the configuration, with or without
+    interruptions.
     """
     config = experiment.config
     by_method = {
@@ -50,7 +50,7 @@ def summarize(
         "source": _name_and_licence(experiment.source),
         "target": _name_and_licence(experiment.target),
         "class_names": list(experiment.target.class_names),
-        # Whether there is more to draw from than a seed trains with.
+        # Whether seeds draw different training images.
         "draws_training_set": len(experiment.splits.train)
         > (config.train_per_class or 0) * len(experiment.target.class_names),
         "methods": methods,
@@ -72,7 +72,7 @@ def summarize(
 
 
 def differences(by_method: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Accuracy by seed, minus that of the plain form and without a regularizer."""
+    """Returns accuracy by seed minus that of the plain sum and of no regularizer."""
     found = []
     for name, cells in by_method.items():
         for other in (METHODS[name].plain, METHODS[name].baseline):
@@ -94,7 +94,7 @@ def differences(by_method: dict[str, list[dict[str, Any]]]) -> list[dict[str, An
 
 
 def plain(numbers: Estimate) -> dict[str, float | None]:
-    """An estimate ready for JSON, which has no NaN."""
+    """Returns an estimate for JSON, with None in place of NaN."""
     return {
         key: None if math.isnan(value) else value
         for key, value in numbers._asdict().items()

@@ -1,1 +1,1 @@
-"""Many trainings in one run folder, which an interruption does not lose."""
+"""Runs many trainings in one run folder, from which an interrupted run resumes."""

@@ -1,4 +1,4 @@
-"""Cells: a method with a seed is trained and evaluated, and goes on if it was begun."""
+"""Trains and evaluates cells, each a method with a seed; resumes unfinished ones."""
 
 import contextlib
 import json
@@ -32,7 +32,7 @@ from dtnh_jax.finetune.runs.preparation import Experiment
 from dtnh_jax.finetune.runs.statistics import accuracies
 from dtnh_jax.finetune.training import loop
 
-_EVALUATED_TOGETHER = 100  # photographs, or a few more where that fits the mesh
+_EVALUATED_TOGETHER = 100  # photographs, rounded up to a multiple that fits the mesh
 
 
 class Cell(NamedTuple):
@@ -43,11 +43,11 @@ class Cell(NamedTuple):
     strength: float = 0.0
     is_tuning: bool = False
     trust: float | None = None  # of `never_hurt`, once it is chosen
-    fold: int | None = None  # that is left out, for trust to be chosen by
+    fold: int | None = None  # the held-out fold, while trust is chosen
 
     @property
     def name(self) -> str:
-        """Names files, and lines of metrics."""
+        """The name in files and lines of metrics."""
         name = self.method.name
         if self.is_tuning:
             name += f"-{self.strength:g}"
@@ -64,7 +64,7 @@ def run_cells(
     console: Console,
     title: str,
 ) -> list[dict[str, Any]]:
-    """Trains and evaluates cells that are not complete; returns all their results."""
+    """Trains and evaluates incomplete cells; returns the results of all cells."""
     total = sum(
         1 + (race.MOST_TRAININGS if cell.method.never_hurts else 0) for cell in cells
     )
@@ -84,7 +84,7 @@ def _result(
     evaluation_set: Callable[[], loading.Examples],
     display: progress.Display,
 ) -> dict[str, Any]:
-    """The result of a cell, which is trained unless it is complete."""
+    """Returns the result of a cell, after training it unless it is complete."""
     result = processes.on_first(lambda: folder.result(cell.name))
     is_open = cell.method.never_hurts and cell.trust is None
     if result is None and is_open:
@@ -113,7 +113,7 @@ def _result(
 def _race(
     experiment: Experiment, folder: Folder, cell: Cell, display: progress.Display
 ) -> tuple[TrustChoice, float]:
-    """Chooses the trust of a cell; returns it, and the seconds that it took."""
+    """Chooses the trust of a cell; returns the choice and its duration in seconds."""
     labels, seconds = experiment.training_set(cell.seed).labels, []
 
     def train(trust: float, fold: int) -> np.ndarray:
@@ -133,7 +133,7 @@ def _race(
 def _logging(
     shown: progress.Display, folder: Folder
 ) -> contextlib.AbstractContextManager[progress.Display]:
-    """Logs for TensorBoard what is shown, in the process that writes."""
+    """Also logs the displayed metrics for TensorBoard, in the process that writes."""
     if not processes.is_first():
         return contextlib.nullcontext(shown)
     return tensorboard.logging(shown, folder.path / "tensorboard")
@@ -148,7 +148,7 @@ def _run_cell(
     chosen: Mapping[str, Any] = MappingProxyType({}),
     seconds_before: float = 0.0,
 ) -> dict[str, Any]:
-    """Trains from the last checkpoint, or the start, and evaluates at the end."""
+    """Trains from the last checkpoint or from the start, and evaluates at the end."""
     known = preparation.known(
         experiment, folder, cell.method, cell.seed, display, cell.fold
     )
@@ -195,7 +195,7 @@ def _train_cell(
     known: loop.Known,
     display: progress.Display,
 ) -> tuple[loop.State, float]:
-    """Returns the trained state, and the seconds that training it took in all."""
+    """Returns the trained state and the total training time in seconds."""
     config = experiment.config
     started = time.monotonic()
     trainer = experiment.trainer(cell.method)
@@ -250,7 +250,7 @@ def _train_cell(
                 if step == experiment.steps:
                     break
                 received = stop_at()
-                # No checkpoint outlasts its lines; the first step has one, too.
+                # Lines are on disk before their checkpoint; the first step has one.
                 is_due = step % config.checkpoint_every == 0 or step == begin + 1
                 if file and (is_due or received is not None):
                     os.fsync(file.fileno())
@@ -273,7 +273,7 @@ def _metrics_file(folder: Folder) -> Iterator[TextIO | None]:
 
 
 def _as_json(line: dict[str, Any]) -> str:
-    """Writes a line of metrics; JSON has no word for what is not finite."""
+    """Returns a line of metrics as JSON, with null for numbers that are not finite."""
     finite = {
         key: None if isinstance(x, float) and not math.isfinite(x) else x
         for key, x in line.items()
@@ -282,6 +282,6 @@ def _as_json(line: dict[str, Any]) -> str:
 
 
 def _arrays(state: loop.State) -> dict[str, Any]:
-    """What of a state is saved; the rest of it is functions."""
+    """Returns the arrays of a state, which are saved; the rest are functions."""
     names = ("step", "params", "opt_state", "batch_stats", "skipped")
     return {name: getattr(state, name) for name in names}

@@ -1,7 +1,7 @@
-"""Checkpoints of a training: Orbax writes them, digests tell which of them are whole.
+"""Checkpoints of a training: written by Orbax, verified by digests.
 
-A step's folder gets a list of its files with their digests last of all. So what was cut
-off, overwritten or has bits that fell over is noticed before anything is made of it.
+A list of files with their digests is written last to a step's folder. So truncated,
+overwritten or corrupted files are detected before they are used.
 """
 
 import hashlib
@@ -23,16 +23,16 @@ class NotSavedError(OSError):
 
 
 def open_checkpoints(path: pathlib.Path, every: int) -> ocp.CheckpointManager:
-    """Opens a folder of checkpoints, of which the last two are kept.
+    """Opens a folder of checkpoints, which keeps the last two.
 
     Args:
-      path: new or not. All processes have to see it.
+      path: a new or existing folder that all processes can access.
       every: steps between two checkpoints.
     """
     options = ocp.CheckpointManagerOptions(
         max_to_keep=2,
         save_interval_steps=every,
-        # In the background, the next step would donate what is being written.
+        # Not in the background: the next step would donate the arrays being written.
         enable_async_checkpointing=False,
     )
     return ocp.CheckpointManager(path.absolute(), options=options)
@@ -41,11 +41,11 @@ def open_checkpoints(path: pathlib.Path, every: int) -> ocp.CheckpointManager:
 def save(
     manager: ocp.CheckpointManager, step: int, arrays: Any, *, force: bool = False
 ) -> None:
-    """Saves a step, if it is the turn of one or `force` is given.
+    """Saves a step if one is due, or always with `force`.
 
     Raises:
-      NotSavedError: an OSError, where the disk is full or the like. Earlier
-        checkpoints are as they were.
+      NotSavedError: an OSError, for example because the disk is full. Earlier
+        checkpoints are unchanged.
     """
     path = pathlib.Path(manager.directory) / str(step)
     try:
@@ -57,7 +57,7 @@ def save(
                 _files.sync(written)
             _files.replace(path / _DIGESTS, json.dumps(digests))
     except jax.errors.JaxRuntimeError:
-        raise  # another process is gone
+        raise  # another process was lost
     except (OSError, ValueError, RuntimeError) as error:  # Orbax raises any of these
         raise NotSavedError(
             f"the checkpoint of step {step} can not be written to {path.parent}: "
@@ -66,13 +66,13 @@ def save(
 
 
 def newest_whole(path: pathlib.Path) -> tuple[int | None, list[str]]:
-    """Finds the newest step whose files are as they were written, deletes later ones.
+    """Finds the newest intact checkpoint, and deletes later, damaged ones.
 
     Args:
-      path: of a folder of checkpoints, which may be missing.
+      path: folder of checkpoints, which may be missing.
 
     Returns:
-      The step, or None, and a warning for each checkpoint that was deleted.
+      The step, or None, and a warning for each deleted checkpoint.
     """
     warnings = []
     names = [f.name for f in path.iterdir()] if path.is_dir() else []
@@ -81,15 +81,15 @@ def newest_whole(path: pathlib.Path) -> tuple[int | None, list[str]]:
         if damage is None:
             return step, warnings
         warnings.append(
-            f"the checkpoint of step {step} is left out: {damage} in "
-            f"{path / str(step)} is not as it was written"
+            f"the checkpoint of step {step} is skipped: {damage} in "
+            f"{path / str(step)} is damaged"
         )
         shutil.rmtree(path / str(step))
     return None, warnings
 
 
 def _damage(path: pathlib.Path) -> str | None:
-    """Names the first file that is not as it was written, or returns None."""
+    """Returns the name of the first damaged file, or None."""
     try:
         digests = json.loads((path / _DIGESTS).read_text())
         for name, digest in digests.items():

@@ -1,4 +1,4 @@
-"""Whether the options of a run can be meant, before anything is read."""
+"""Checks the options of a run before anything is read."""
 
 import math
 import os
@@ -7,14 +7,15 @@ import pathlib
 from dtnh_jax.finetune.config import Config
 from dtnh_jax.finetune.data.targets import FAMILIES, TARGETS, is_target
 from dtnh_jax.finetune.directories import expanded
-from dtnh_jax.finetune.methods import METHODS, REGULARIZERS
+from dtnh_jax.finetune.methods import METHODS
 from dtnh_jax.finetune.option_checks import at_least, flag, one_of
+from dtnh_jax.finetune.regularizers import REGULARIZERS
 from dtnh_jax.finetune.weights.sources import is_source, known_sources
 from dtnh_jax.finetune.wording import printable
 
 
 def check(config: Config) -> None:
-    """Raises ValueError, in one line, for options that can not be meant."""
+    """Raises ValueError for wrong options, with a message of one line."""
     if not is_source(config.source):
         raise ValueError(
             f"`--source` must be one of {known_sources()}, got {config.source!r}."
@@ -39,14 +40,14 @@ def check(config: Config) -> None:
                 f"`--strength {name}` must be at least 0 and finite, got {strength}."
             )
         if name not in config.regularizers:
-            raise ValueError(f"`--strength {name}` is of no use: no method has it.")
+            raise ValueError(f"`--strength {name}` has no effect: no method has it.")
     if config.tune and not set(config.regularizers) - set(config.strength):
-        raise ValueError("`--tune` is of no use: there is no strength left to choose.")
+        raise ValueError("`--tune` has no effect: there is no strength left to choose.")
     if config.steps is not None and config.epochs is not None:
         raise ValueError("`--steps` and `--epochs` must not be given together.")
     whole = ("batch_size", "image_size", "train_per_class", "test_per_class", "seeds")
     if config.tuning_seeds is not None and not config.tune:
-        raise ValueError("`--tuning-seeds` is of no use without `--tune`.")
+        raise ValueError("`--tuning-seeds` has no effect without `--tune`.")
     for name in (*whole, "steps", "checkpoint_every", "tuning_seeds", "accumulate"):
         at_least(name, getattr(config, name), 1)
     _check_devices(config)
@@ -55,7 +56,7 @@ def check(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ValueError(f"`{flag(name)}` must be above 0 and finite, got {value}.")
-    # Last, as the name of the folder follows from the options.
+    # Last, because the name of the folder depends on the options.
     _check_place("run_dir", config.folder)
     if config.data_dir is not None:
         _check_place("data_dir", expanded(config.data_dir))
@@ -63,7 +64,7 @@ def check(config: Config) -> None:
 
 def _check_place(name: str, folder: pathlib.Path) -> None:
     whole = os.path.abspath(folder)
-    if whole != printable(whole):  # those who write checkpoints know no other names
+    if whole != printable(whole):  # Orbax supports no other names
         raise ValueError(
             f"`{flag(name)}` must be a folder whose name is one line of UTF-8, got "
             f"{printable(whole)}."
@@ -78,7 +79,7 @@ def _check_devices(config: Config) -> None:
     config.check_batches(math.prod(config.mesh.values()))
     for name in ("coordinator", "processes", "process_id"):
         if getattr(config, name) is not None and not config.distributed:
-            raise ValueError(f"`{flag(name)}` is of no use without `--distributed`.")
+            raise ValueError(f"`{flag(name)}` has no effect without `--distributed`.")
     at_least("processes", config.processes, 1)
     at_least("process_id", config.process_id, 0)
     at_least("heartbeat", config.heartbeat, 1)

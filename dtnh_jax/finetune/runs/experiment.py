@@ -1,11 +1,12 @@
-"""All methods with all seeds: strengths are tuned, then every cell is tested."""
+"""Tunes strengths, then trains and tests every method with every seed."""
 
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from dtnh_jax.finetune.methods import METHODS, REGULARIZERS, UNLIMITED, Method
+from dtnh_jax.finetune.methods import METHODS, UNLIMITED, Method
+from dtnh_jax.finetune.regularizers import REGULARIZERS
 from dtnh_jax.finetune.runs.cells import Cell, run_cells
 from dtnh_jax.finetune.runs.folder import Folder
 from dtnh_jax.finetune.runs.preparation import Experiment
@@ -16,13 +17,12 @@ def tune(
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Chooses strengths by the mean validation accuracy over seeds.
 
-    Each regularizer is tuned with its gradient simply added, and its resolved forms
-    get the same strength, so that a pair of methods differs by the rule alone. Of
-    equal strengths the smaller wins.
+    Each regularizer is tuned as a plain sum. Its resolved forms get the same strength,
+    so that a pair of methods differs only by the rule. Ties go to the smaller strength.
 
     Returns:
-      Strengths by regularizer, and the table that they were chosen from, whose first
-      row is fine-tuning without a regularizer.
+      Strengths by regularizer, and the table of their accuracies, whose first row is
+      fine-tuning without a regularizer.
     """
     config = experiment.config
     open_names = [name for name in config.regularizers if name not in config.strength]
@@ -68,7 +68,7 @@ def test(
     strengths: dict[str, float],
     console: Console,
 ) -> list[dict[str, Any]]:
-    """Trains every method with every seed and tests each once, at its end."""
+    """Trains every method with every seed, and tests each once at its end."""
     methods = [METHODS[name] for name in experiment.config.methods]
     cells = [
         Cell(method, seed, _strength(method, strengths))
@@ -81,6 +81,6 @@ def test(
 def _strength(method: Method, strengths: dict[str, float]) -> float:
     if method.regularizer is None:
         return 0.0
-    if method.never_hurts:  # its trust decides alone
+    if method.never_hurts:  # only its trust matters
         return UNLIMITED * REGULARIZERS[method.regularizer].strength
     return strengths[method.regularizer]

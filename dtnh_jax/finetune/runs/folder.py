@@ -1,16 +1,16 @@
-"""The run folder: what survives an interruption.
+"""The run folder, whose files survive an interruption.
 
 config.json        the options; another configuration needs another folder
-data.json          which pictures; other ones need another folder
-machine.json       what it ran on, and when it began
+data.json          identity of the pictures; others need another folder
+machine.json       the machine, and the time of the start
 metrics.jsonl      a line for every step of every method and seed
 tensorboard/       the same for TensorBoard, a folder for every method and seed
-cells/             the result of every method and seed that is complete
-checkpoints/       of the one that is in training
+cells/             the results of complete methods and seeds
+checkpoints/       checkpoints of the method and seed in training
 weights/           the fine-tuned networks, see `trained`
-prepared/          the teacher's features and estimates of a seed, until the end
+prepared/          teacher's features and estimates of a seed, deleted at the end
 tune/              metrics and cells of `--tune`
-trust/             metrics and cells of the trainings that trust was chosen by
+trust/             metrics and cells of the trainings that choose trust
 results.json, report.md and figures, at the end
 """
 
@@ -25,7 +25,7 @@ from dtnh_jax import _files
 from dtnh_jax.finetune.config import identity
 from dtnh_jax.finetune.files import make_folder, write, write_json
 
-# What a result has to say.
+# Required keys of a result.
 OF_PICTURES = frozenset(
     {
         "method",
@@ -40,7 +40,7 @@ OF_PICTURES = frozenset(
 
 
 class OtherConfigurationError(ValueError):
-    """A run folder holds the results of other options, or of other pictures."""
+    """A run folder has results of other options or other pictures."""
 
 
 class Folder:
@@ -58,24 +58,24 @@ class Folder:
         self.prepared = prepared or path / "prepared"
 
     def of_tuning(self) -> "Folder":
-        """The folder for tuning, which shares what is prepared for a seed."""
+        """Returns the folder for tuning, which shares the prepared files of a seed."""
         return Folder(self.path / "tune", self.prepared).make()
 
     def of_race(self) -> "Folder":
-        """The folder for the race of levels of trust, which shares that too."""
+        """Returns the folder for choosing trust, which shares the prepared files."""
         return Folder(self.path / "trust", self.prepared).make()
 
     def clear(self) -> None:
-        """Deletes what is of no use once there are results."""
+        """Deletes files that are not needed once there are results."""
         shutil.rmtree(self.prepared, ignore_errors=True)
 
     def make(self) -> "Folder":
-        """Makes the directories, and returns itself."""
+        """Makes the directories; returns itself."""
         make_folder(self.path / "cells")
         return self
 
     def result(self, cell: str) -> dict[str, Any] | None:
-        """What `finish` wrote for a cell, or None while it is not complete."""
+        """Returns the result of a cell, or None if it is not complete."""
         return _result(self.path / "cells" / f"{cell}.json", self._needed)
 
     def finish(self, cell: str, result: dict[str, Any]) -> None:
@@ -86,11 +86,11 @@ class Folder:
         shutil.rmtree(self.checkpoints(cell), ignore_errors=True)
 
     def checkpoints(self, cell: str) -> pathlib.Path:
-        """Where the checkpoints of a cell are, while it is in training."""
+        """Returns the folder of a cell's checkpoints."""
         return self.path / "checkpoints" / cell
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl`, without those that were cut off or damaged."""
+        """Returns the lines of `metrics.jsonl`, without truncated or damaged ones."""
         if not self.metrics_path.exists():
             return []
         lines = self.metrics_path.read_bytes().split(b"\n")[:-1]
@@ -100,9 +100,9 @@ class Folder:
         ]
 
     def rewind(self, cell: str, step: int) -> float:
-        """Forgets metrics of a cell after a step; returns its seconds until there.
+        """Deletes metrics of a cell after a step; returns its seconds until that step.
 
-        What a killed process logged after its last checkpoint will be logged again.
+        Steps after the last checkpoint of a killed process will be logged again.
         """
         lines = self.metrics()
         kept = [x for x in lines if x["cell"] != cell or x["step"] <= step]
@@ -111,31 +111,31 @@ class Folder:
         return max((x["seconds"] for x in kept if x["cell"] == cell), default=0.0)
 
 
-Identify = Callable[[Any], dict[str, Any]]  # of a configuration
+Identify = Callable[[Any], dict[str, Any]]  # from a configuration
 
 
 def check_folder(config: Any, identify: Identify = identity) -> None:
-    """Makes sure, without changing anything, that a run may use its folder.
+    """Checks that a run may use its folder, without changes to it.
 
     Args:
-      config: of `dtnh`, or of another command that has a `folder`.
-      identify: returns the options that decide the results.
+      config: configuration of `dtnh`, or of another command with a `folder`.
+      identify: returns the options that determine the results.
 
     Raises:
-      OtherConfigurationError: it holds another run; names the first option that
-        differs.
-      ValueError: it holds something else.
+      OtherConfigurationError: the folder has another run; the error names the first
+        option that differs.
+      ValueError: the folder has other files.
     """
     path, ours = config.folder, identify(config)
     options = path / "config.json"
     if options.exists():
         try:
-            # A run that is older than an option was made with its default.
+            # A run older than an option used its default.
             theirs = {**identify(type(config)()), **json.loads(options.read_text())}
             differing = [key for key in ours if theirs.get(key) != ours[key]]
         except (ValueError, TypeError, OSError) as error:
             raise ValueError(
-                f"{options} is not readable: {error}. Delete the folder, or give "
+                f"{options} is not readable: {error}. Delete the folder, or set "
                 "another `--run-dir`."
             ) from error
         if differing:
@@ -143,10 +143,12 @@ def check_folder(config: Any, identify: Identify = identity) -> None:
             raise OtherConfigurationError(
                 f"{path} holds a run whose `--{key.replace('_', '-')}` is "
                 f"{_shown(theirs.get(key))}, got {_shown(ours[key])}: "
-                "give another `--run-dir`."
+                "set another `--run-dir`."
             )
     elif path.exists() and (not path.is_dir() or _foreign(path)):
-        raise ValueError(f"{path} is no run folder and not empty: give another.")
+        raise ValueError(
+            f"{path} is no run folder and not empty: set another `--run-dir`."
+        )
 
 
 def open_folder(
@@ -156,22 +158,22 @@ def open_folder(
     identify: Identify = identity,
     needed: Collection[str] = OF_PICTURES,
 ) -> list[str]:
-    """Opens the folder of a run, new or begun, after `check_folder`.
+    """Opens the folder of a new or unfinished run, after `check_folder`.
 
     Args:
-      config: of the run.
-      machine: what a new run is measured on.
-      data: what `target.contents` says of the pictures; None leaves that open.
-      identify: returns the options that decide the results.
-      needed: what the result of a training has to say.
+      config: configuration of the run.
+      machine: description of the machine, for a new run.
+      data: result of `target.contents`; None skips the check of pictures.
+      identify: returns the options that determine the results.
+      needed: required keys of a training's result.
 
     Returns:
-      Sentences on files that were damaged, as by a loss of power. Trainings whose
-      results are damaged are not complete any more.
+      Sentences on damaged files, for example after a power failure. Trainings with
+      damaged results count as incomplete.
 
     Raises:
-      OtherConfigurationError: it holds results of other pictures.
-      ValueError: it can not be written.
+      OtherConfigurationError: the folder has results of other pictures.
+      ValueError: the folder can not be written.
     """
     path = config.folder
     notes: list[str] = []
@@ -185,7 +187,7 @@ def open_folder(
             isinstance(found, dict) and found.keys() >= machine.keys()
         ):
             write_json(path / "machine.json", machine)
-            notes += [f"{path / 'machine.json'} was damaged: it is of now."] * begun
+            notes += [f"{path / 'machine.json'} was damaged and replaced."] * begun
         if data is not None and not (begun and (path / "data.json").exists()):
             write_json(path / "data.json", data)
         if not begun:
@@ -196,14 +198,14 @@ def open_folder(
         for file in sorted(itertools.chain(*found)):
             if _result(file, needed) is None:
                 file.unlink()
-                notes.append(f"{file} was damaged: that training is done anew.")
+                notes.append(f"{file} was damaged: that training is repeated.")
     except OSError as error:
         raise ValueError(f"{path} can not be written: {error}.") from error
     return notes
 
 
 def _check_data(path: pathlib.Path, ours: Mapping[str, Any]) -> None:
-    """Raises if a run folder, but for one that does not say so, is of other data."""
+    """Raises OtherConfigurationError if a run folder records other pictures."""
     file = path / "data.json"
     if not file.exists():
         return
@@ -219,18 +221,18 @@ def _check_data(path: pathlib.Path, ours: Mapping[str, Any]) -> None:
         ]
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(
-            f"{file} is not readable: delete it if the pictures are as they were, or "
-            "give another `--run-dir`."
+            f"{file} is not readable: delete it if the pictures are unchanged, or set "
+            "another `--run-dir`."
         ) from error
     more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
-    what = "; ".join(changed[:3]) + more or "as many of each class, but not the same"
+    what = "; ".join(changed[:3]) + more or "equal numbers, but other pictures"
     raise OtherConfigurationError(
-        f"{path} holds a run on other pictures ({what}): give another `--run-dir`."
+        f"{path} holds a run on other pictures ({what}): set another `--run-dir`."
     )
 
 
 def _foreign(path: pathlib.Path) -> bool:
-    """Whether a folder holds more than `open_folder` may have left when killed."""
+    """Returns whether a folder has more than a killed `open_folder` may leave."""
     ours = {"cells", "machine.json", "data.json"}
     return any(
         entry.name not in ours and entry.suffix != ".partial"
@@ -239,13 +241,13 @@ def _foreign(path: pathlib.Path) -> bool:
 
 
 def _result(path: pathlib.Path, needed: Collection[str]) -> dict[str, Any] | None:
-    """The result of a cell, or None if it is missing or damaged."""
+    """Returns the result of a cell, or None if it is missing or damaged."""
     found = _read(path)
     return found if isinstance(found, dict) and found.keys() >= set(needed) else None
 
 
 def _read(path: pathlib.Path) -> Any:
-    """The content of a JSON file, or None if it is missing or damaged."""
+    """Returns the content of a JSON file, or None if it is missing or damaged."""
     return _parsed(path.read_bytes()) if path.exists() else None
 
 

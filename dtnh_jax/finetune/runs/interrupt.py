@@ -1,4 +1,4 @@
-"""Ctrl-C between two steps, not in the middle of one."""
+"""Handles Ctrl-C and SIGTERM between two steps."""
 
 import contextlib
 import signal
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 
 class Interrupted(Exception):
-    """Training stopped at a signal, after saving."""
+    """A signal stopped training, after a checkpoint."""
 
     def __init__(self, signal_number: int):
         super().__init__(f"signal {signal_number}")
@@ -15,9 +15,9 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collects the first Ctrl-C or SIGTERM, to stop between steps; a second one acts.
+    """Records the first Ctrl-C or SIGTERM; a second one acts at once.
 
-    A step donates its state, so the middle of one is no place to stop and save.
+    A step donates its state, so training can only stop and save between steps.
     """
     received: list[int] = []
     previous = {}
@@ -34,7 +34,7 @@ def stop_signals() -> Iterator[list[int]]:
     for number in (signal.SIGINT, signal.SIGTERM):
         try:
             previous[number] = signal.signal(number, remember)
-        except ValueError:  # not the main thread, which alone gets signals
+        except ValueError:  # only the main thread can handle signals
             break
     try:
         yield received

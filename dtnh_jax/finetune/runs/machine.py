@@ -1,4 +1,4 @@
-"""What a run is measured on."""
+"""Describes the machine of a run."""
 
 import datetime
 import os
@@ -9,7 +9,7 @@ import jax
 
 
 def machine() -> dict[str, Any]:
-    """What a run is measured on, and when."""
+    """Returns a description of the machine, and the current time."""
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "cpu_count": os.cpu_count(),

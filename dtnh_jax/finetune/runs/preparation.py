@@ -1,4 +1,4 @@
-"""What is known before training: weights, photographs, splits, teachers, estimates."""
+"""Prepares a run: weights, photographs, splits, teachers, estimates."""
 
 import dataclasses
 import functools
@@ -15,8 +15,9 @@ from dtnh_jax import teacher_cache
 from dtnh_jax.finetune.config import Config
 from dtnh_jax.finetune.data import loading, splitting
 from dtnh_jax.finetune.data.targets import Target, load_target
-from dtnh_jax.finetune.methods import REGULARIZERS, Method
+from dtnh_jax.finetune.methods import Method
 from dtnh_jax.finetune.models.adapters import check_adapters
+from dtnh_jax.finetune.regularizers import REGULARIZERS
 from dtnh_jax.finetune.runs import processes, progress, race
 from dtnh_jax.finetune.runs.folder import Folder
 from dtnh_jax.finetune.training import estimates, loop, meshes
@@ -25,18 +26,18 @@ from dtnh_jax.finetune.weights.sources import Source, load_source
 
 
 class Experiment(NamedTuple):
-    """What all cells share, loaded and checked."""
+    """The loaded and checked data that all cells share."""
 
     config: Config
     source: Source
     target: Target
     steps: int
-    splits: loading.Splits  # its training set is what seeds draw from
-    training_set: Callable[..., loading.Examples]  # of a seed, less a fold of it
+    splits: loading.Splits  # seeds draw from its training set
+    training_set: Callable[..., loading.Examples]  # of a seed, without a fold if given
     held_out_set: Callable[[int, int], loading.Examples]  # of a seed and a fold
-    validation_set: Callable[[], loading.Examples]  # read when first called, as is
-    test_set: Callable[[], loading.Examples]
-    trainer: Callable[[Method], loop.Trainer]  # those of a regularizer share one
+    validation_set: Callable[[], loading.Examples]  # read at the first call
+    test_set: Callable[[], loading.Examples]  # read at the first call
+    trainer: Callable[[Method], loop.Trainer]  # one for each regularizer
     predict: Callable[..., Any]
     variables: loop.Variables  # of the source on the host, with the original head
     anchor: loop.Variables  # the same, on the mesh
@@ -46,12 +47,12 @@ class Experiment(NamedTuple):
 def prepare(config: Config) -> Experiment:
     """Reads weights and photographs, and draws the splits.
 
-    Validation and test sets are the same for all seeds; otherwise the validation set
-    of one seed, on which strengths are chosen, would be in another's test set. Each
-    seed draws its training images from what is left.
+    Validation and test sets are the same for all seeds. Otherwise the validation set of
+    one seed, on which strengths are chosen, could be in another's test set. Each seed
+    draws its training images from the rest.
 
     Raises:
-      ValueError: in one line, for all that can be wrong with either.
+      ValueError: weights or photographs can not be used; the message has one line.
     """
     mesh = meshes.make_mesh(config.mesh)
     config.check_batches(mesh.size)
@@ -137,9 +138,9 @@ def known(
     display: progress.Display,
     fold: int | None = None,
 ) -> loop.Known:
-    """What the regularizer of a method has to know; estimated once for a seed.
+    """Returns the data of a method's regularizer, estimated once per seed.
 
-    With a fold, from the photographs that the fold trains on.
+    With a fold, they are estimated without the held-out photographs.
     """
     name = method.regularizer
     asked = REGULARIZERS[name].estimate if name else None
@@ -165,7 +166,7 @@ def known(
 
 
 def _part(seed: int, fold: int | None) -> str:
-    """Names what photographs something was prepared from."""
+    """Returns a name for the photographs of a seed and a fold."""
     return f"seed{seed}" if fold is None else f"seed{seed}-fold{fold}"
 
 
@@ -176,7 +177,7 @@ def batches(
     seed: int,
     fold: int | None = None,
 ) -> grain.MapDataset:
-    """The batches of a training, with what the teacher makes of them if needed."""
+    """Returns the batches of a training, with the teacher's features if needed."""
     config = experiment.config
 
     def blocks_of(size: int) -> grain.MapDataset:
@@ -208,6 +209,6 @@ def _views(
             lambda batch: see(variables, batch["image"]),
             teacher=variables,
             layers=loop.teacher_layers(experiment.source),
-            progress=False,  # there is a display already
+            progress=False,  # the run already has a progress display
         )
     )

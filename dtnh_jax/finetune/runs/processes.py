@@ -1,7 +1,7 @@
-"""Several processes that train as one: what they agree on, and who writes.
+"""Coordinates several processes that train together.
 
-Every process runs the same program. The first one alone writes results and prints, and
-what it finds in the run folder the others are told.
+Every process runs the same program. Only the first writes results and prints; it sends
+the content of the run folder to the others.
 """
 
 import contextlib
@@ -20,18 +20,18 @@ from dtnh_jax.finetune.config import Config
 from dtnh_jax.finetune.runs.interrupt import stop_signals
 
 _T = TypeVar("_T")
-LOST = 75  # exit status where it may go well the next time
+LOST = 75  # exit status of a failure that may not recur
 
 
 def start(config: Config) -> None:
     """Joins the other processes, if the command is run with `--distributed`.
 
     Raises:
-      ValueError: JAX can not find out who they are, or does not reach them.
+      ValueError: JAX can not detect or reach the other processes.
     """
     if not config.distributed:
         return
-    # Steps begin at 1 in every training, which is not what that service can count.
+    # Steps start at 1 in every training, which that service can not count.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -48,7 +48,7 @@ def start(config: Config) -> None:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and prints."""
+    """Returns whether this process writes and prints."""
     return jax.process_index() == 0
 
 
@@ -56,10 +56,10 @@ def on_first(function: Callable[[], Any]) -> Any:
     """Calls a function in the first process, and returns its result in all.
 
     Args:
-      function: its result has to be as JSON has it.
+      function: a function whose result can be stored as JSON.
 
     Raises:
-      ValueError: in all processes, if the function raised one, or an OSError.
+      ValueError: in all processes, if the function raised a ValueError or an OSError.
     """
     if jax.process_count() == 1:
         return function()
@@ -76,7 +76,7 @@ def on_first(function: Callable[[], Any]) -> Any:
 
 
 def first_before_others(function: Callable[[], _T]) -> _T:
-    """Calls a function that prepares files: once it has, the others find them."""
+    """Calls a function that prepares files, in the first process before the others."""
     if jax.process_count() == 1:
         return function()
     made: list[_T] = []
@@ -85,7 +85,7 @@ def first_before_others(function: Callable[[], _T]) -> _T:
 
 
 def is_same(text: str) -> bool:
-    """Whether all processes have the same text; all of them have to ask."""
+    """Returns whether all processes have the same text; all of them must call this."""
     if jax.process_count() == 1:
         return True
     own = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
@@ -95,17 +95,17 @@ def is_same(text: str) -> bool:
 def _from_first(text: str) -> str:
     own = np.frombuffer(text.encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(own))))
-    # Arrays have to have one shape everywhere.
+    # Arrays must have the same shape in all processes.
     buffer = own if is_first() else np.zeros(size, np.uint8)
     return bytes(multihost_utils.broadcast_one_to_all(buffer)).decode()
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[], int | None]]:
-    """Yields a function to call between steps: the signal to stop at, or None.
+    """Yields a function that returns the signal to stop at, or None, between steps.
 
-    It has to be called by all processes, which then stop at the same step, whichever of
-    them got the signal.
+    All processes must call it. They then stop at the same step, whichever got the
+    signal.
     """
     with stop_signals() as received:
 
@@ -119,18 +119,18 @@ def stop_requests() -> Iterator[Callable[[], int | None]]:
 
 
 def leave(status: int) -> int:
-    """Ends what `start` began, after an orderly end of all processes."""
+    """Disconnects from the other processes after all have finished."""
     if jax.process_count() > 1:
         jax.distributed.shutdown()
     return status
 
 
 def leave_at_once(error: BaseException, folder: Any) -> int:
-    """Ends the process without waiting for others, which may be gone."""
+    """Ends the process without waiting for others, which may be lost."""
     print(
-        f"dtnh: process {jax.process_index()} can not go on, which is how the loss of "
-        f"another one looks ({' '.join(str(error).split())[:300]}). What is done is in "
-        f"{folder}; the same commands go on from there.",
+        f"dtnh: process {jax.process_index()} can not continue, probably because "
+        f"another was lost ({' '.join(str(error).split())[:300]}). Finished work is in "
+        f"{folder}; the same commands resume from there.",
         file=sys.stderr,
         flush=True,
     )

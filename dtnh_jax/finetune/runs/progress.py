@@ -1,4 +1,4 @@
-"""What is shown while it runs: bars on a terminal, plain lines elsewhere."""
+"""Displays progress: bars on a terminal, plain lines elsewhere."""
 
 import contextlib
 import time
@@ -15,27 +15,27 @@ _SECONDS_BETWEEN_LINES = 30.0
 
 @runtime_checkable
 class Display(Protocol):
-    """What the loop tells, and somebody shows."""
+    """The interface between the loop and a progress display."""
 
     def say(self, text: str) -> None:
-        """Something else takes its time."""
+        """Shows a message."""
 
     def begin(self, cell: str, step: int, steps: int) -> None:
-        """A cell begins, or goes on, at a step."""
+        """Starts or resumes a cell at a step."""
 
     def update(self, line: dict[str, Any]) -> None:
-        """A step is done; `line` is what is written to `metrics.jsonl`."""
+        """Shows a finished step; `line` is its line of `metrics.jsonl`."""
 
     def end(self, summary: str) -> None:
-        """The cell is complete."""
+        """Completes the cell."""
 
     def skip(self, cells: int) -> None:
-        """So many cells are not needed."""
+        """Removes cells that are not needed from the total."""
 
 
 @contextlib.contextmanager
 def display(console: Console, title: str, cells: int, steps: int) -> Iterator[Display]:
-    """Shows progress over so many cells of so many steps each."""
+    """Shows progress over a number of cells with a number of steps each."""
     if not console.is_terminal:
         yield _Lines(console, cells)
         return
@@ -52,7 +52,7 @@ def display(console: Console, title: str, cells: int, steps: int) -> Iterator[Di
 
 
 def note(line: dict[str, Any]) -> str:
-    """The numbers of a step that tell whether all is well."""
+    """Formats the main numbers of a step."""
     parts = [f"loss {line['loss']:.3f}"]
     if "cosine" in line:
         parts.append(f"cosine {line['cosine']:+.2f}")
@@ -63,7 +63,7 @@ def note(line: dict[str, Any]) -> str:
 
 
 class _Noted(Progress):
-    """Bars over a line of numbers, which has no room beside them in 80 columns."""
+    """Bars above a line of numbers, because 80 columns are too narrow for both."""
 
     note = ""
 
@@ -120,7 +120,7 @@ class _Lines:
     def begin(self, cell: str, step: int, steps: int) -> None:
         self._cell, self._steps = cell, steps
         if step:
-            self._print(f"{cell}: goes on after step {step} of {steps}")
+            self._print(f"{cell}: resumes after step {step} of {steps}")
 
     def update(self, line: dict[str, Any]) -> None:
         if time.monotonic() - self._last > _SECONDS_BETWEEN_LINES:

@@ -1,4 +1,4 @@
-"""How far `never_hurt` trusts a regularizer: levels race over folds."""
+"""Chooses the trust of `never_hurt`, by a race of levels over folds."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ _FOLDS = 4
 
 
 def count_folds(labels: Int[np.ndarray, " n"]) -> int:
-    """Returns how many folds a training set is cut into: fewer if it is tiny."""
+    """Returns the number of folds of a training set; fewer for a tiny set."""
     return max(min(_FOLDS, len(labels)), 2)
 
 
@@ -30,10 +30,10 @@ def choose(
     """Chooses the level for the training set of a seed.
 
     Args:
-      labels: of the training set.
-      seed: of the cut into folds.
-      train: of a level and a fold: trains without that fold, and returns the scores of
-        its photographs.
+      labels: labels of the training set.
+      seed: seed of the split into folds.
+      train: maps a level and a fold to the scores of the fold's photographs, after
+        training without them.
     """
     held_out_by = folds(labels, seed)
 

@@ -1,4 +1,4 @@
-"""What several seeds say: means, deviations, and differences with intervals."""
+"""Statistics over seeds: means, deviations, and differences with intervals."""
 
 import math
 from collections.abc import Sequence
@@ -9,29 +9,29 @@ from scipy import special
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds, and the interval that holds the true mean in 95 of 100."""
+    """A mean over seeds and its 95% confidence interval."""
 
     mean: float
     std: float  # over seeds, with n - 1; NaN for one seed
-    low: float  # NaN for one seed, which says nothing about the others
+    low: float  # NaN for one seed
     high: float
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean, standard deviation and 95% t-interval of the mean.
+    """Returns mean, standard deviation and 95% t-interval of the mean.
 
-    Of paired differences this is the paired t-interval, which is what to compare two
-    methods by: what the seeds share (images, order, head) cancels.
+    For paired differences this is the paired t-interval. Use it to compare two methods:
+    the effects that methods of one seed share (images, order, head) cancel.
 
     Args:
       values: one number for each seed, at least one.
 
     Returns:
-      The estimate; its interval supposes that values are independent and about
-      normal, which a handful of seeds can neither show nor refute.
+      The estimate. Its interval assumes that values are independent and about normal,
+      which a few seeds can neither confirm nor refute.
 
     Raises:
-      ValueError: without values.
+      ValueError: there are no values.
 
     Example:
       >>> mean, std, low, high = estimate([0.78, 0.80, 0.82])
@@ -52,7 +52,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 def accuracies(
     labels: Sequence[int] | np.ndarray, predictions: Sequence[int] | np.ndarray
 ) -> tuple[float, float]:
-    """Accuracy, and its mean over classes (balanced accuracy).
+    """Returns accuracy, and its mean over classes (balanced accuracy).
 
     Example:
       >>> accuracies([0, 0, 0, 1], [0, 0, 0, 0])

@@ -1,4 +1,4 @@
-"""The scalars of every step as TensorBoard reads them, beside `metrics.jsonl`."""
+"""Writes the scalars of every step for TensorBoard."""
 
 import contextlib
 import math
@@ -16,12 +16,12 @@ _SECONDS_BETWEEN_WRITES = 10
 
 @contextlib.contextmanager
 def logging(display: Display, folder: pathlib.Path) -> Iterator[Display]:
-    """Writes what a display is told, and tells it as well.
+    """Wraps a display, and also writes its metrics for TensorBoard.
 
     Args:
-      display: what is shown.
-      folder: gets one folder for every cell. A cell that goes on after an interruption
-        has TensorBoard forget the steps that are trained again.
+      display: the progress display.
+      folder: parent of a folder for every cell. When a cell resumes, TensorBoard
+        discards the steps that are trained again.
     """
     logged = _Logged(display, folder)
     try:
@@ -49,7 +49,7 @@ class _Logged:
 
     def update(self, line: dict[str, Any]) -> None:
         for name, value in line.items():
-            # What is not finite would be printed, for every step.
+            # A number that is not finite would print a warning at every step.
             if name not in _NO_SCALARS and value is not None and math.isfinite(value):
                 self._writer.add_scalar(name, value, line["step"])
         self._display.update(line)

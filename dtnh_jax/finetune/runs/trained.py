@@ -1,7 +1,7 @@
 """Fine-tuned weights in the run folder: one file for every method and seed.
 
-weights/METHOD-seedN.safetensors, with tensors called as linen does and, as its
-metadata, all that is needed to use them.
+weights/METHOD-seedN.safetensors has tensors with linen's names. Its metadata has all
+facts that are needed to use them.
 """
 
 import json
@@ -29,9 +29,9 @@ from dtnh_jax.finetune.wording import printable
 
 
 class Facts(NamedTuple):
-    """What a file of fine-tuned weights says about itself; all but text as JSON."""
+    """The metadata of a file of fine-tuned weights; values that are no text as JSON."""
 
-    source: str  # as `--source` takes it
+    source: str  # value of `--source`
     target: str
     method: str
     strength: float
@@ -39,7 +39,7 @@ class Facts(NamedTuple):
     image_size: int
     dtype: str
     class_names: list[str]
-    # In pictures of more than 8 bits, see `pictures.white_of`; older files do not say.
+    # For pictures with more than 8 bits, see `pictures.white_of`; older files lack it.
     white: dict[str, float] = {}  # noqa: RUF012
 
 
@@ -52,7 +52,7 @@ class Trained(NamedTuple):
 
 
 def path_of(run: pathlib.Path, method: str, seed: int) -> pathlib.Path:
-    """Where a run folder has the weights of a method and a seed."""
+    """Returns the path of the weights of a method and a seed."""
     return run / "weights" / f"{method}-seed{seed}.safetensors"
 
 
@@ -65,9 +65,9 @@ def keep(
     state: Any,
     known: Any,
 ) -> None:
-    """Writes the weights of a network that is trained.
+    """Writes the weights of a trained network.
 
-    All processes have to call it; the first one writes.
+    All processes must call it; the first writes.
     """
     config = experiment.config
     tree = network_variables(state.params, state.batch_stats, known.source["params"])
@@ -89,17 +89,17 @@ def keep(
 
 
 def network_variables(params: Any, batch_stats: Any, source_params: Any) -> Variables:
-    """What of a state the network itself needs, with adapters added to its matrices."""
+    """Returns the network's variables, with adapters added to its matrices."""
     params = network_params(params, source_params)
     params = {key: x for key, x in params.items() if key != "source_head"}
     return {"params": params, "batch_stats": batch_stats}
 
 
 def write(path: pathlib.Path, variables: Variables, facts: Facts) -> None:
-    """Writes weights with linen's names, whole or not at all.
+    """Writes weights with linen's names, atomically.
 
     Raises:
-      OSError: the disk is full, or the like.
+      OSError: the file can not be written, for example because the disk is full.
     """
     flat: Any = flatten_dict(variables)
     tensors = {linen_name(name): np.asarray(leaf) for name, leaf in flat.items()}
@@ -109,7 +109,7 @@ def write(path: pathlib.Path, variables: Variables, facts: Facts) -> None:
 def write_tensors(
     path: pathlib.Path, tensors: dict[str, np.ndarray], facts: Facts
 ) -> None:
-    """Writes named tensors; the format knows neither strides nor what is not text."""
+    """Writes contiguous named tensors, and metadata as text."""
     tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
     metadata = {
         key: printable(value) if isinstance(value, str) else json.dumps(value)
@@ -120,11 +120,10 @@ def write_tensors(
 
 
 def load(path: pathlib.Path) -> Trained:
-    """Reads weights that `write` wrote.
+    """Reads weights of `write`.
 
     Raises:
-      ValueError: the file is damaged, or somebody else's; or its source is not known
-        here.
+      ValueError: the file is damaged or not from `write`, or its source is unknown.
     """
     tensors = read_tensors(path)
     with safetensors.safe_open(path, "np") as file:
@@ -138,7 +137,7 @@ def load(path: pathlib.Path) -> Trained:
         }
     except (KeyError, ValueError) as error:
         raise ValueError(
-            f"{path} does not say how it was made: it is no file that `dtnh` kept."
+            f"{path} has no metadata of `dtnh`: it is not a file that `dtnh` wrote."
         ) from error
     facts = Facts(**values)
     source = in_dtype(load_source(facts.source), facts.dtype)
@@ -151,15 +150,16 @@ def load(path: pathlib.Path) -> Trained:
 def choose(
     run: pathlib.Path, method: str | None, seed: int
 ) -> tuple[pathlib.Path, str]:
-    """Which weights of a run are meant, and the method that they are of.
+    """Returns the path of a run's weights, and their method.
 
     Args:
       run: a run folder.
-      method: None takes the first that resolves conflicts, else the first of all.
-      seed: from 0.
+      method: a method; None takes the first that resolves conflicts, else the first.
+      seed: seed, from 0.
 
     Raises:
-      ValueError: it is no run folder, or has no such weights; it names those there are.
+      ValueError: the folder is no run folder, or has no such weights; the error names
+        the existing ones.
     """
     try:
         options = json.loads((run / "config.json").read_text())
@@ -172,7 +172,7 @@ def choose(
     if not path.exists():
         there = sorted(found.stem for found in (run / "weights").glob("*.safetensors"))
         raise ValueError(
-            f"{run} has no weights of {chosen}, seed {seed}; there are: "
+            f"{run} has no weights of {chosen}, seed {seed}; it has: "
             f"{', '.join(there) or 'none, because nothing is complete or kept'}."
         )
     return path, chosen

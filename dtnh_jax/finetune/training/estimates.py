@@ -1,4 +1,4 @@
-"""What some regularizers have to measure before training, on the training images."""
+"""Estimates that some regularizers need, from the training images."""
 
 import functools
 import pathlib
@@ -21,18 +21,18 @@ from dtnh_jax.linen import capture_features, scale_features
 
 
 class Question(NamedTuple):
-    """What is to be estimated from."""
+    """The data of an estimate."""
 
     source: Source
     variables: Variables  # pretrained, with the original head
-    examples: Examples  # of the target, for training
-    classes: int  # of the target
+    examples: Examples  # training examples of the target
+    classes: int  # number of classes of the target
     seed: int
-    path: pathlib.Path  # of a file for what is measured so far
+    path: pathlib.Path  # file for intermediate results
 
 
 def is_known(question: Question) -> bool:
-    """Whether an earlier call has measured it."""
+    """Returns whether an earlier call stored the estimate."""
     return _kept(question).exists()
 
 
@@ -41,11 +41,11 @@ def _kept(question: Question) -> pathlib.Path:
 
 
 def estimate(name: str, question: Question) -> Any:
-    """Measures what a regularizer has to know, or reads what was measured before.
+    """Computes an estimate, or reads a stored one.
 
     Args:
       name: one of `ESTIMATES`.
-      question: what it is about. The result is kept at its `path`.
+      question: the data. The result is stored at its `path`.
 
     Returns:
       A tree of NumPy arrays.
@@ -53,7 +53,7 @@ def estimate(name: str, question: Question) -> Any:
     kept = _kept(question)
     try:
         return msgpack_restore(kept.read_bytes())
-    except Exception:  # there is none, or whatever a reader of damaged files raises
+    except Exception:  # no file, or a damaged one, whose reader raises any exception
         files.make_folder(kept.parent)
     measured = jax.tree.map(np.asarray, ESTIMATES[name](question))
     content = msgpack_serialize(measured)
@@ -62,9 +62,9 @@ def estimate(name: str, question: Question) -> Any:
 
 
 def _fisher(question: Question) -> Any:
-    """The Fisher information of the source's classes, on the target's images.
+    """Returns the Fisher information of the source's classes on the target's images.
 
-    Labels are drawn from the pretrained network; those of the target are not used.
+    Labels are sampled from the pretrained network; the target's labels are not used.
     """
     source, variables = question.source, question.variables
     network = source.module(len(variables["params"]["head"]["bias"]))
@@ -83,11 +83,11 @@ def _fisher(question: Question) -> Any:
         key=jax.random.key(question.seed),
         progress=False,
     )
-    return {**fisher, "head": None}  # the new head has nowhere to go back to
+    return {**fisher, "head": None}  # the new head has no pretrained value
 
 
 def _channel_attention(question: Question) -> dict[str, Any]:
-    """The worth of every channel that is distilled, to a head trained on its own."""
+    """Returns every distilled channel's importance for a separately trained head."""
     source, variables, examples = question.source, question.variables, question.examples
     layers = list(source.feature_layers)
     original = source.module(len(variables["params"]["head"]["bias"]))
@@ -118,10 +118,10 @@ def _channel_attention(question: Question) -> dict[str, Any]:
 
 
 def _relationship(question: Question) -> Array | np.ndarray:
-    """How often the source sees each of its classes in each of the target's.
+    """Returns the probability of each source class in each target class.
 
-    Differs from the paper: the source's probabilities are not calibrated, for which it
-    would take images of the source's own task.
+    Differs from the paper: the source's probabilities are not calibrated, because that
+    needs images of the source's own task.
     """
     see = jax.jit(functools.partial(look, question.source))
     logits = see(question.variables, question.examples.images)["head"]
@@ -137,14 +137,14 @@ def linear_probe(
     decay: float = 1e-3,
     steps: int = 100,
 ) -> dict[str, Array]:
-    """Trains a head on features that stay as they are.
+    """Trains a head on fixed features.
 
     Args:
-      features: what the head sees.
+      features: inputs of the head.
       labels: `[n]`, integers.
-      classes: number of them.
-      decay: of the kernel, relative to the mean loss.
-      steps: of L-BFGS.
+      classes: number of classes.
+      decay: weight decay of the kernel, relative to the mean loss.
+      steps: number of steps of L-BFGS.
 
     Returns:
       `kernel` and `bias` of a dense layer.

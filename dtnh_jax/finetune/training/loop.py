@@ -40,11 +40,11 @@ __all__ = [
     "train",
     "training_key",
 ]
-PATIENCE = 5  # batches in a row that may be left out
+PATIENCE = 5  # consecutive batches that may be skipped
 
 
 class NotFiniteError(ArithmeticError):
-    """Training has come to numbers that are not finite, and does not get out."""
+    """Losses or gradients were not finite in too many consecutive batches."""
 
 
 def train(
@@ -56,27 +56,27 @@ def train(
     steps: int,
     accumulate: int = 1,
 ) -> Iterator[tuple[State, Metrics]]:
-    """Trains from wherever the state is, and yields after every step.
+    """Trains from the step of `state`, and yields after every step.
 
-    A Python loop over compiled steps: `lax.scan` runs convolutions several times
-    slower on CPUs.
+    A Python loop over compiled steps, because `lax.scan` runs convolutions several
+    times slower on CPUs.
 
     Args:
-      trainer: what made the state.
-      state: the first one; donated.
-      batches: indexed by their number, as `loading.training_batches` returns.
-      known: of the regularizer.
-      key: of the run; each batch folds its number in.
-      steps: where to stop.
-      accumulate: batches in a step, as the trainer's optimizer has it.
+      trainer: the trainer that made the state.
+      state: the initial state; donated.
+      batches: batches by number, the result of `loading.training_batches`.
+      known: data of the regularizer.
+      key: key of the run; each batch folds in its number.
+      steps: the last step.
+      accumulate: number of batches in a step, as in the trainer's optimizer.
 
     Yields:
       The state, to be used before the next step donates it, and the step's metrics:
-      of losses the mean over its batches, of the rest the last.
+      means over its batches for losses, the last values for others.
 
     Raises:
-      NotFiniteError: in `PATIENCE` batches, one after the other, the loss or its
-        gradient was not finite; names the step and the first leaf.
+      NotFiniteError: the loss or its gradient was not finite in `PATIENCE` consecutive
+        batches; the error names the step and the first leaf.
     """
     start = int(state.step)
     in_a_row, skipped = 0, int(state.skipped)
@@ -87,7 +87,7 @@ def train(
         lines = []
         for number in range(step * accumulate, (step + 1) * accumulate):
             state, metrics = trainer.step(state, batch, known, key)
-            batch = batches[number + 1]  # prepared while the device is at work
+            batch = batches[number + 1]  # prepared while the device computes
             in_a_row = in_a_row + 1 if int(metrics["skipped_batches"]) > skipped else 0
             skipped = int(metrics["skipped_batches"])
             if in_a_row == PATIENCE:
@@ -107,7 +107,7 @@ def _joined(lines: list[Metrics]) -> Metrics:
 
 
 def _what_is_wrong(step: int, state: State, metrics: Metrics) -> str:
-    """Says where the first number is that is not finite."""
+    """Returns a message on the first number that is not finite."""
     names = [
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, _ in jax.tree.leaves_with_path(state.params)
@@ -122,14 +122,14 @@ def _what_is_wrong(step: int, state: State, metrics: Metrics) -> str:
         where = "the loss, though not its gradient, holds"
     return (
         f"training stopped at step {step}: {where} numbers that are not finite, in "
-        f"{PATIENCE} batches one after the other. None of them was applied"
+        f"{PATIENCE} consecutive batches. None of them was applied"
     )
 
 
 def make_predictor(
     source: Source, network: Any, mesh: Mesh | None = None
 ) -> Callable[..., Array]:
-    """Returns a compiled function of (state, known, images) to logits."""
+    """Returns a compiled function from (state, known, images) to logits."""
     mesh = meshes.make_mesh() if mesh is None else mesh
 
     @jax.jit
@@ -157,13 +157,13 @@ def logits_of(
     examples: Examples,
     batch_size: int = 100,
 ) -> Float[np.ndarray, "n classes"]:
-    """The logits of a network, for every example.
+    """Returns the logits of a network for every example.
 
     Args:
-      predict: of `make_predictor`.
-      state: trained.
-      known: what it was trained with.
-      examples: what to evaluate on.
+      predict: result of `make_predictor`.
+      state: the trained state.
+      known: data of the regularizer.
+      examples: examples to evaluate.
       batch_size: a multiple of the devices in the mesh.
     """
     found = [

@@ -1,7 +1,7 @@
-"""How arrays are spread over devices, those of this process and of others.
+"""Shards arrays over the devices of all processes.
 
-Parameters, the state of the optimizer and the pretrained weights are cut over the axis
-`fsdp`, batches over both axes. JAX moves what steps need. One device is a mesh of one.
+Parameters, optimizer state and pretrained weights are sharded over the axis `fsdp`,
+batches over both axes. JAX adds the communication. A single device is a mesh of one.
 """
 
 import math
@@ -21,14 +21,14 @@ def make_mesh(sizes: Mapping[str, int] | None = None) -> Mesh:
     """Arranges devices in a mesh with the axes `data` and `fsdp`.
 
     Args:
-      sizes: of the axes; one that is missing is 1. By default all devices of all
-        processes along `data`, and one device where there is one process.
+      sizes: sizes of the axes; a missing one is 1. By default one device, or with
+        several processes all their devices along `data`.
 
     Returns:
-      A mesh whose axes the compiler takes care of.
+      A mesh with automatic axes.
 
     Raises:
-      ValueError: there are fewer devices, or it leaves out those of some process.
+      ValueError: there are too few devices, or the mesh leaves out a process's devices.
 
     Example:
       >>> dict(make_mesh({"fsdp": 1}).shape)
@@ -51,15 +51,15 @@ def make_mesh(sizes: Mapping[str, int] | None = None) -> Mesh:
 
 
 def shown(sizes: Mapping[str, int]) -> str:
-    """Writes the sizes of a mesh as `--mesh` takes them."""
+    """Formats the sizes of a mesh for `--mesh`."""
     return ",".join(f"{axis}={size}" for axis, size in sizes.items())
 
 
 def sharding_of(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """Where the parts of an array live: its longest axis that can be is cut by `fsdp`.
+    """Returns an array's sharding: `fsdp` splits the longest axis that it divides.
 
-    The shape alone decides, so a parameter, its moments and its pretrained value are
-    in the same place. An array that can not be cut is whole on every device.
+    Only the shape matters, so a parameter, its moments and its pretrained value have
+    the same sharding. An array that can not be split is replicated.
     """
     parts = mesh.shape["fsdp"]
     fitting = [axis for axis, n in enumerate(shape) if n and n % parts == 0]
@@ -70,19 +70,19 @@ def sharding_of(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def constrain(mesh: Mesh, tree: Any) -> Any:
-    """Has a traced tree be spread as `place` does."""
+    """Constrains a traced tree to the sharding of `place`."""
     return jax.tree.map(
         lambda x: jax.lax.with_sharding_constraint(x, sharding_of(mesh, x.shape)), tree
     )
 
 
 def whole(mesh: Mesh, tree: Any) -> Any:
-    """Has a traced tree be whole on every device, so that every process can read it."""
+    """Replicates a traced tree, so that every process can read it."""
     return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P()))
 
 
 def place(mesh: Mesh, tree: Any) -> Any:
-    """Spreads a tree of arrays that every process has; each keeps its own parts."""
+    """Shards a tree of arrays that every process has."""
 
     def put(x):
         x = np.asarray(x)
@@ -93,7 +93,7 @@ def place(mesh: Mesh, tree: Any) -> Any:
 
 
 def place_rows(mesh: Mesh, batch: Any) -> Any:
-    """Spreads a batch that every process has whole; its length fits the mesh."""
+    """Shards a batch that every process has; the mesh divides its length."""
     rows = NamedSharding(mesh, P(AXES))
     return jax.tree.map(
         lambda x: jax.make_array_from_callback(x.shape, rows, lambda at: x[at]), batch
@@ -101,20 +101,20 @@ def place_rows(mesh: Mesh, batch: Any) -> Any:
 
 
 def batches(mesh: Mesh, blocks_of: Callable[[int], Any], batch_size: int) -> Any:
-    """Reads of every batch the rows that this process's devices train on.
+    """Reads the rows of every batch that this process's devices train on.
 
-    A batch is cut into a block for each device. However many devices and processes
-    there are, all blocks together are the batch that one device would see, row by row.
+    A batch is divided into a block for each device. For any number of devices and
+    processes, the blocks together are the batch of a single device, row by row.
 
     Args:
-      mesh: what the batch is spread over.
+      mesh: mesh over which the batch is sharded.
       blocks_of: maps the size of a block to an endless `grain.MapDataset` of blocks.
-      batch_size: rows of a batch, a multiple of the devices.
+      batch_size: rows of a batch, a multiple of the number of devices.
 
     Returns:
       A dataset whose element at `step` is that step's batch, of arrays on the mesh.
     """
-    import grain  # here, because only pictures are read with it
+    import grain  # imported here because only pictures need it
 
     rows = NamedSharding(mesh, P(AXES))
     places = rows.addressable_devices_indices_map((mesh.size,)).values()

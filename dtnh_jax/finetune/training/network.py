@@ -1,4 +1,4 @@
-"""What is trained, and what it starts from."""
+"""The state of training, and its initial values."""
 
 from typing import Any, NamedTuple
 
@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from flax.training import train_state
 from jaxtyping import Array, PRNGKeyArray
 
-from dtnh_jax.finetune.methods import REGULARIZERS, Method
+from dtnh_jax.finetune.methods import Method
 from dtnh_jax.finetune.models.adapters import add_adapters, new_adapters
+from dtnh_jax.finetune.regularizers import REGULARIZERS
 from dtnh_jax.finetune.weights.sources import (
     Source,
     Variables,
@@ -19,29 +20,29 @@ from dtnh_jax.linen import capture_features
 
 
 class Known(NamedTuple):
-    """What a regularizer knows before training begins."""
+    """Data of a regularizer that are fixed before training."""
 
     source: Variables  # pretrained, with the original head
     estimate: Any = None  # see `estimates`
 
 
 class State(train_state.TrainState):
-    """All that changes in training; `step` is how many batches are done.
+    """The state of training; `step` is the number of batches so far.
 
-    The parameters are the network's; with a `source_head` beside the `head`; or the
-    `head` and `adapters` alone.
+    The parameters are the network's, possibly with a `source_head` beside the `head`;
+    or only the `head` and `adapters`.
     """
 
-    params: Any  # `TrainState` says FrozenDict, which Flax has ceased to return
+    params: Any  # `TrainState` is annotated FrozenDict, which Flax no longer returns
     batch_stats: Any
-    skipped: Any  # batches that were left out, because of numbers that are not finite
+    skipped: Any  # number of batches skipped because of numbers that are not finite
 
 
 def in_dtype(source: Source, dtype: str) -> Source:
-    """Has a source's networks compute in a dtype; their parameters stay float32.
+    """Returns a source whose networks compute in a dtype, with float32 parameters.
 
     Raises:
-      ValueError: they compute in float32 alone.
+      ValueError: the networks only compute in float32.
     """
     if dtype == "float32":
         return source
@@ -51,23 +52,22 @@ def in_dtype(source: Source, dtype: str) -> Source:
 
     if not hasattr(source.module(1), "dtype"):
         raise ValueError(
-            f"`--dtype` must be float32 for {source.name}, which computes in no other, "
+            f"`--dtype` must be float32 for {source.name}, which supports no other, "
             f"got {dtype}."
         )
     return source._replace(module=module)
 
 
 def look(source: Source, variables: Variables, images: Any) -> dict[str, Array]:
-    """What the pretrained network makes of images: its maps by layer, and logits.
+    """Runs the pretrained network on images; returns feature maps and logits.
 
     Args:
       source: the network.
-      variables: pretrained, with the original head.
-      images: as the source's `preprocess` takes them.
+      variables: pretrained variables, with the original head.
+      images: inputs of the source's `preprocess`.
 
     Returns:
-      Outputs by path, in float32; those of `head` are the logits of the original
-      classes.
+      Outputs by path, in float32; `head` has the logits of the original classes.
     """
     network = source.module(len(variables["params"]["head"]["bias"]))
     apply = capture_features(network, teacher_layers(source))
@@ -75,17 +75,17 @@ def look(source: Source, variables: Variables, images: Any) -> dict[str, Array]:
 
 
 def single(tree: Any) -> Any:
-    """A tree in float32, whatever a network computes in."""
+    """Casts a tree to float32."""
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
 def teacher_layers(source: Source) -> list[str]:
-    """The layers whose outputs regularizers may want of the teacher."""
+    """Returns the teacher's layers that regularizers may use."""
     return [*source.feature_layers, "head"]
 
 
 def network_params(params: Any, source_params: Any) -> Any:
-    """The network's parameters: those of a state, or the source's with adapters."""
+    """Returns the network's parameters: the state's, or the source's with adapters."""
     if "adapters" not in params:
         return params
     adapted = add_adapters(source_params, params["adapters"])
@@ -95,7 +95,7 @@ def network_params(params: Any, source_params: Any) -> Any:
 def starting_variables(
     source: Source, num_classes: int, seed: int, method: Method
 ) -> Variables:
-    """What a seed starts from; methods of one seed have the same head."""
+    """Returns a seed's initial variables; methods of one seed share the head."""
     key = jax.random.key(seed)
     variables = initial_variables(
         source, num_classes, jax.random.fold_in(key, 0), method.is_pretrained
@@ -111,5 +111,5 @@ def starting_variables(
 
 
 def training_key(seed: int) -> PRNGKeyArray:
-    """The key of a seed's dropout; methods of one seed drop the same units."""
+    """Returns the key of a seed's dropout; methods of one seed drop the same units."""
     return jax.random.fold_in(jax.random.key(seed), 1)

@@ -1,4 +1,4 @@
-"""From a configuration to an optimizer that takes two gradients."""
+"""Builds the optimizer of two gradients from a configuration."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,10 +15,11 @@ RULES: dict[str, rules.Rule] = {ADDED: rules.weighted_sum, "dtnh": rules.dtnh}
 
 
 def any_rule(names: Sequence[str], index: Any) -> rules.Rule:
-    """One of `RULES` by its index in `names`, which may be traced.
+    """Returns the rule at an index of `names`, which may be traced.
 
-    Rules see but four numbers, so to apply all and take one costs nothing, and the
-    methods of one regularizer share a compiled step, which takes half a minute.
+    Rules only see four numbers, so applying all and selecting one costs nothing. The
+    methods of one regularizer then share a compiled step, which takes half a minute to
+    compile.
     """
 
     def rule(gram):
@@ -31,19 +32,19 @@ def any_rule(names: Sequence[str], index: Any) -> rules.Rule:
 def make_optimizer(
     regularizer_name: str | None, config: Config, steps: int, *, never_hurts: bool
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Builds the optimizer of all methods that have one regularizer.
+    """Builds the optimizer of all methods with the same regularizer.
 
     Gradients are averaged over `--accumulate` batches first, then resolved.
 
     Args:
-      regularizer_name: one of `REGULARIZERS`; None where gradients are the loss's.
-      config: for the optimizer, the scope, and the rules that its methods need.
-      steps: length of training.
-      never_hurts: whether `dtnh_jax.never_hurt` stands in the place of the rules.
+      regularizer_name: one of `REGULARIZERS`; None for the loss gradient alone.
+      config: configuration of the optimizer, the scope, and the rules of its methods.
+      steps: number of training steps.
+      never_hurts: whether `dtnh_jax.never_hurt` replaces the rules.
 
     Returns:
-      A transformation, and the learning rate by its updates so far. With a
-      regularizer, `strength` and `rule` are in its state, to be set there; with
+      A transformation, and the learning rate as a function of its updates so far. With
+      a regularizer, its state has the hyperparameters `strength` and `rule`; with
       `never_hurt`, `strength` and `trust`.
     """
     schedule = optax.cosine_decay_schedule(config.initial_learning_rate, steps)
@@ -59,7 +60,7 @@ def make_optimizer(
                 any_rule(names, rule), strength, scope=config.scope
             )
 
-        # What is in the state is data, and no reason to compile again.
+        # Hyperparameters in the state are data, so changes do not compile again.
         if never_hurts:
             trusting = optax.inject_hyperparams(dtnh_jax.never_hurt)
             resolving = trusting(strength=0.0, trust=0.0)
@@ -85,7 +86,7 @@ def rule_number(
             return 0
         if method.never_hurts != never_hurts:
             raise ValueError(
-                "`method` must be one that the trainer was made for, got "
+                "`method` must be one of the trainer's methods, got "
                 f"{method.name}: see `never_hurts`."
             )
         return 0 if never_hurts else names.index(method.rule or ADDED)

@@ -1,7 +1,7 @@
 """The train step: two gradients from one forward pass, one update.
 
 A `Trainer` holds one compiled step for one regularizer. Seeds, strengths, rules and
-what is known of the source are data to it, so all of them share the compilation.
+data of the source are arguments, so all of them share the compilation.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,8 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray
 import dtnh_jax
 from dtnh_jax import GradientPair
 from dtnh_jax.finetune.config import Config
-from dtnh_jax.finetune.methods import REGULARIZERS, Method
+from dtnh_jax.finetune.methods import Method
+from dtnh_jax.finetune.regularizers import REGULARIZERS, BatchOutputs
 from dtnh_jax.finetune.training import meshes
 from dtnh_jax.finetune.training.network import (
     Known,
@@ -31,21 +32,20 @@ from dtnh_jax.finetune.training.optimizers import (
     rule_number,
     with_hyperparameters,
 )
-from dtnh_jax.finetune.training.regularizers import OF_BATCH, OF_WEIGHTS, Seen
 from dtnh_jax.finetune.weights.sources import Source, Variables
 from dtnh_jax.linen import capture_features
 
 Metrics = dict[str, Array]  # scalars by name
-ALL_FINITE, LOSS = -1, -2  # instead of the number of a leaf
+ALL_FINITE, LOSS = -1, -2  # values in place of the number of a leaf
 
 
 class Trainer(NamedTuple):
-    """How to train with one regularizer."""
+    """The initial state and the training step of one regularizer."""
 
-    # (variables to start from, method, strength, trust where it is `never_hurt`) ->
-    # state; the variables are copied.
+    # (initial variables, method, strength, trust of `never_hurt`) -> state; the
+    # variables are copied.
     init: Callable[..., State]
-    # (state, batch, what is known, key of the run) -> state, metrics. The state is
+    # (state, batch, known data, key of the run) -> state, metrics. The state is
     # donated: use the new one. The metrics are those before the update.
     step: Callable[[State, Any, Known, PRNGKeyArray], tuple[State, Metrics]]
 
@@ -62,25 +62,25 @@ def make_trainer(
 ) -> Trainer:
     """Builds an optimizer and a step, which is compiled at its first call.
 
-    A batch whose loss or gradient is not finite, or which would make a parameter so,
-    changes nothing but counts: `step` and `skipped` go up. The metric `not_finite` is
-    the number of the first leaf it was seen at, or `ALL_FINITE`, or `LOSS`.
+    A batch is skipped if its loss or gradient is not finite, or if its update would
+    make a parameter not finite: only `step` and `skipped` increase. The metric
+    `not_finite` is the number of the first leaf that is not finite, `LOSS` if that is
+    the loss, or `ALL_FINITE`.
 
     Args:
-      source: what the network takes its images from.
-      network: with the target's number of classes.
+      source: the source, which preprocesses images.
+      network: the network, with the target's number of classes.
       regularizer_name: one of `REGULARIZERS`, or None.
-      config: for optimizer, scope, and the rules that its methods need.
-      steps: length of training, for the schedule of the learning rate.
-      never_hurts: whether it is for the method with `dtnh_jax.never_hurt`, which has a
-        state of its own, instead of those with a rule.
-      mesh: of `meshes.make_mesh`, that states, batches and what is known are spread
-        over; by default one device.
+      config: configuration of the optimizer, the scope, and the rules of its methods.
+      steps: number of training steps, for the schedule of the learning rate.
+      never_hurts: whether the trainer is for `dtnh_jax.never_hurt`, whose state
+        differs, instead of for rules.
+      mesh: mesh of states, batches and known data; by default one device.
     """
     mesh = meshes.make_mesh() if mesh is None else mesh
     regularizer = REGULARIZERS[regularizer_name] if regularizer_name else None
-    of_batch = OF_BATCH.get(regularizer_name or "")
-    of_weights = OF_WEIGHTS.get(regularizer_name or "")
+    of_batch = regularizer.of_batch if regularizer else None
+    of_weights = regularizer.of_weights if regularizer else None
     optimizer, schedule = make_optimizer(
         regularizer_name, config, steps, never_hurts=never_hurts
     )
@@ -114,7 +114,7 @@ def make_trainer(
     apply = capture_features(network, [*source.feature_layers, "pooled"])
 
     def forward(params, batch_stats, step, batch, known, key):
-        """Returns the loss, new batch statistics, and what a regularizer may see."""
+        """Returns the loss, new batch statistics, and the outputs for a regularizer."""
         (logits, updated), found = apply(
             {
                 "params": network_params(params, known.source["params"]),
@@ -133,10 +133,12 @@ def make_trainer(
             source_logits = pooled @ kept["kernel"] + kept["bias"][None, :]
         teacher = dict(batch.get("teacher", {}))
         teacher_logits = teacher.pop("head", None)
-        seen = Seen(found, pooled, source_logits, teacher, teacher_logits, labels)
-        return jnp.mean(loss), updated.get("batch_stats", {}), seen
+        outputs = BatchOutputs(
+            found, pooled, source_logits, teacher, teacher_logits, labels
+        )
+        return jnp.mean(loss), updated.get("batch_stats", {}), outputs
 
-    if config.remat:  # what matrices and convolutions gave is kept, the rest made anew
+    if config.remat:  # keep the outputs of products and convolutions, recompute others
         policy = jax.checkpoint_policies.dots_saveable
         forward = jax.checkpoint(forward, policy=policy)
 
@@ -151,8 +153,8 @@ def make_trainer(
                 batch = {**batch, "teacher": teacher}
 
             def objective(params, of_batch=of_batch):
-                loss, stats, seen = forward(params, *inputs, batch, known, key)
-                return (loss, of_batch(seen, known.estimate)), stats
+                loss, stats, outputs = forward(params, *inputs, batch, known, key)
+                return (loss, of_batch(outputs, known.estimate)), stats
 
             ((loss, value), batch_stats), grads = dtnh_jax.value_and_gradient_pair(
                 objective, has_aux=True
@@ -182,7 +184,7 @@ def make_trainer(
         kept = kept.replace(step=new.step, skipped=skipped)
         if regularizer is not None:
             metrics |= dtnh_jax.conflict_metrics(new.opt_state)
-            # A regularizer's failures do not count where the loss failed too.
+            # Do not count a regularizer's failure if the loss failed too.
             metrics["skipped"] = dtnh_jax.conflict_metrics(kept.opt_state)["skipped"]
         metrics |= {"skipped_batches": skipped, "not_finite": number}
         metrics = {"loss": loss, **metrics}
@@ -192,7 +194,7 @@ def make_trainer(
 
 
 def _first_not_finite(loss: Array, grads: Any, params: Any) -> Int[Array, ""]:
-    """The number of the first leaf that is not finite in either tree."""
+    """Returns the number of the first leaf that is not finite in either tree."""
 
     def finite(tree: Any) -> Bool[Array, " leaves"]:
         leaves = jax.tree.leaves(tree)

@@ -1,4 +1,4 @@
-"""Networks with weights of one's own: `ARCHITECTURE:FILE` or `MODULE:FUNCTION`."""
+"""Networks with your own weights: `ARCHITECTURE:FILE` or `MODULE:FUNCTION`."""
 
 import importlib
 import os
@@ -20,7 +20,7 @@ from dtnh_jax.finetune.weights.tensor_names import Path, linen_name, named_varia
 
 
 class Architecture(NamedTuple):
-    """A network without weights, and how those are called in PyTorch."""
+    """A network without weights, and PyTorch's names of its tensors."""
 
     module: Callable[[int], nn.Module]  # number of classes -> network
     preprocess: Callable[..., Any]
@@ -51,16 +51,16 @@ ARCHITECTURES = {
 
 
 def source_of_file(architecture: str, path: str) -> Source:
-    """A known network with the weights of a file, which is read by `Source.load`.
+    """Returns a known network with the weights of a file, which `Source.load` reads.
 
     Args:
       architecture: one of `ARCHITECTURES`.
-      path: of a file or folder that `read_tensors` reads; with PyTorch's names
-        (torchvision's, for ResNets) or with linen's. It may have any number of classes.
+      path: a file or folder that `read_tensors` reads, with PyTorch's names
+        (torchvision's, for ResNets) or linen's. It may have any number of classes.
 
     Returns:
-      The source. Its `load` raises WeightsError, which names tensors, if the file is of
-      another network.
+      The source. Its `load` raises WeightsError, which names tensors, if the file
+      belongs to another network.
 
     Example:
       >>> source_of_file("resnet18", "weights.safetensors").feature_layers[-1]
@@ -79,7 +79,7 @@ def source_of_file(architecture: str, path: str) -> Source:
 
     return Source(
         name=f"{architecture}:{path}",
-        licence=f"weights of your own, in {path}: what you may do with them, you know",
+        licence=f"your own weights, in {path}",
         module=known.module,
         preprocess=known.preprocess,
         feature_layers=known.feature_layers,
@@ -90,11 +90,11 @@ def source_of_file(architecture: str, path: str) -> Source:
 def names_in(
     tensors: Iterable[str], architecture: str | None = None
 ) -> Callable[[Path], str]:
-    """How variables are called in a file: as linen does where it does, else as PyTorch.
+    """Returns a function to names of a file: linen's if it has them, else PyTorch's.
 
     Args:
       tensors: the names in the file.
-      architecture: one of `ARCHITECTURES`; others have linen's names alone.
+      architecture: one of `ARCHITECTURES`; others only have linen's names.
     """
     is_linen = any(name.split("/")[0] in COLLECTIONS for name in tensors)
     if is_linen or architecture not in ARCHITECTURES:
@@ -103,22 +103,22 @@ def names_in(
 
 
 def source_of_function(module: str, function: str) -> Source:
-    """A network of the user's, which a function without arguments describes.
+    """Returns the user's own network, from a function without arguments.
 
     Args:
-      module: to import; those in the current directory are found.
-      function: its name in there; it returns a `Source`, whose `module` makes linen
-        networks that are called as `network(images, train=bool)`, have a dense
-        submodule `head`, and sow what that sees as `pooled` in "intermediates".
+      module: name of the module to import, also from the current directory.
+      function: name of the function, which returns a `Source`. The source's `module`
+        must make linen networks that are called as `network(images, train=bool)`, have
+        a dense submodule `head`, and sow its input as `pooled` in "intermediates".
 
     Returns:
       The source.
 
     Raises:
-      ValueError: there is no such function, or what it returns is no such source.
+      ValueError: there is no such function, or it returns no such source.
     """
     spec = f"{module}:{function}"
-    if os.getcwd() not in sys.path:  # a console script does not look there
+    if os.getcwd() not in sys.path:  # console scripts lack the current directory
         sys.path.append(os.getcwd())
     try:
         make = getattr(importlib.import_module(module), function)
@@ -133,13 +133,13 @@ def source_of_function(module: str, function: str) -> Source:
     _check_network(spec, source)
 
     def load() -> Variables:
-        return {"batch_stats": {}, **source.load()}  # which few networks go without
+        return {"batch_stats": {}, **source.load()}  # a network may have none
 
     return source._replace(name=spec, load=load)
 
 
 def _check_network(spec: str, source: Source) -> None:
-    """Raises ValueError unless a network is what the loop needs; computes nothing."""
+    """Raises ValueError unless the loop can use a network; computes nothing."""
     network = source.module(3)
 
     def init(key):
@@ -160,6 +160,6 @@ def _check_network(spec: str, source: Source) -> None:
         )
     if "pooled" not in found.get("intermediates", {}):
         raise ValueError(
-            f"The network of `{spec}` must sow what its head sees: "
+            f"The network of `{spec}` must sow the input of its head: "
             '`self.sow("intermediates", "pooled", x)`.'
         )

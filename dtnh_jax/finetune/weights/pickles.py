@@ -1,8 +1,8 @@
 """Interprets the pickles of PyTorch checkpoints, without trusting them.
 
-A pickle is a program. This module does not hand it to `pickle`: it interprets the few
+A pickle is a program. This module does not pass it to `pickle`: it interprets the few
 opcodes that `torch.save` writes for a dictionary of tensors, refuses the others, and
-never calls what a file names.
+never calls a function that a file names.
 """
 
 import io
@@ -26,11 +26,11 @@ _MARK = object()
 
 
 class WeightsError(ValueError):
-    """A file of weights is damaged, or holds what is not admitted."""
+    """A file of weights is damaged, or has content that is not allowed."""
 
 
 class _Global(NamedTuple):
-    """A name the pickle looked up: only ever compared, never imported."""
+    """A name that the pickle looked up; it is compared, but never imported."""
 
     module: str
     name: str
@@ -42,7 +42,7 @@ _ADMITTED = {_ORDERED_DICT, _TENSOR, *(_Global("torch", name) for name in DTYPES
 
 
 class Storage(NamedTuple):
-    """Numbers that come after the pickles."""
+    """An array of numbers after the pickles."""
 
     key: str
     dtype: str
@@ -50,7 +50,7 @@ class Storage(NamedTuple):
 
 
 class Tensor(NamedTuple):
-    """A view of a storage that is read later; offset and strides in elements."""
+    """A view of a storage, which is read later; offset and strides in elements."""
 
     storage: Storage
     offset: int
@@ -68,7 +68,7 @@ class Pickles:
 
     @property
     def position(self) -> int:
-        """How many bytes the pickles so far have taken."""
+        """Number of bytes of the pickles so far."""
         return self._stream.tell()
 
     def load(self) -> Any:
@@ -193,7 +193,7 @@ class Pickles:
 
 
 def _pop_to_mark(stack: list[Any]) -> list[Any]:
-    """Removes what is above the last mark, and the mark; returns what was above."""
+    """Removes the last mark and all values above it; returns these values."""
     above = []
     while (item := stack.pop()) is not _MARK:
         above.append(item)
@@ -218,14 +218,14 @@ def _update(stack: list[Any], items: list[Any]) -> None:
 
 
 def _string(key: object) -> str:
-    # Tuples in tuples could take exponential time, or all of the C stack, to hash.
+    # To hash nested tuples could take exponential time, or the whole C stack.
     if type(key) is not str:
         raise WeightsError(f"a key of type {type(key).__name__}, not str.")
     return key
 
 
 def _reduce(function: object, arguments: Any) -> Any:
-    """Returns what a call of one of the two admitted functions stands for."""
+    """Returns the result of a call of one of the two allowed functions."""
     # The type is checked too, because a pickle can build an equal tuple itself.
     if isinstance(function, _Global) and function == _ORDERED_DICT and arguments == ():
         return {}
@@ -240,4 +240,4 @@ def _reduce(function: object, arguments: Any) -> Any:
                 ):
                     return Tensor(storage, offset, shape, strides)
         raise WeightsError("refused a tensor with unusual arguments.")
-    raise WeightsError("refused a call of something else than a tensor's maker.")
+    raise WeightsError("refused a call of a function that makes no tensor.")

@@ -1,4 +1,4 @@
-"""What a pretrained network is, wherever its weights come from."""
+"""The type of a pretrained network."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,14 +12,14 @@ Variables = dict[str, Any]  # {"params": tree, "batch_stats": tree}
 
 
 class SourceUnavailableError(ValueError):
-    """The package that holds a source's weights is not installed."""
+    """The package of a source's weights is not installed."""
 
 
 class Source(NamedTuple):
-    """A pretrained network and all that is needed to fine-tune it.
+    """A pretrained network, with its weights and preprocessing.
 
-    The network's classifier is a dense submodule `head`, and what that sees is sown
-    as `pooled` in "intermediates".
+    The network's classifier is a dense submodule `head`, and its input is sown as
+    `pooled` in "intermediates".
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Pretrained networks to start from, and how to fetch their variables."""
+"""The pretrained networks, and their variables."""
 
 import math
 from functools import partial
@@ -21,15 +21,15 @@ from dtnh_jax.finetune.weights.tensor_names import variable_shapes
 
 
 def load_source(name: str) -> Source:
-    """Looks a source up; its weights are read only when `load` is called.
+    """Returns a source; its weights are read only when `load` is called.
 
     Args:
-      name: one of `SOURCES`; `ARCHITECTURE:FILE` for weights of your own, such as
+      name: one of `SOURCES`; `ARCHITECTURE:FILE` for your own weights, such as
         `resnet50:weights.safetensors`, see `checkpoint_sources.source_of_file`; or
-        `MODULE:FUNCTION` for a network of your own, see `source_of_function` there.
+        `MODULE:FUNCTION` for your own network, see `source_of_function` there.
 
     Raises:
-      ValueError: for an unknown name; the message lists the known ones.
+      ValueError: the name is unknown; the message lists the known ones.
 
     Example:
       >>> load_source("efficientnet-lite0").feature_layers[0]
@@ -46,7 +46,7 @@ def load_source(name: str) -> Source:
 
 
 def is_source(name: str) -> bool:
-    """Whether `load_source` knows what a name is of, without looking whether it is."""
+    """Returns whether `load_source` accepts a name, without opening it."""
     what, _, where = name.partition(":")
     if what in checkpoint_sources.ARCHITECTURES:
         return name in SOURCES or bool(where)
@@ -55,7 +55,7 @@ def is_source(name: str) -> bool:
 
 
 def known_sources() -> str:
-    """Lists what there is to choose from."""
+    """Returns a list of the known sources, for messages."""
     architectures = ", ".join(
         f"{name}:FILE" for name in checkpoint_sources.ARCHITECTURES
     )
@@ -65,21 +65,21 @@ def known_sources() -> str:
 def initial_variables(
     source: Source, num_classes: int, key: PRNGKeyArray, pretrained: bool
 ) -> Variables:
-    """Variables to start training from.
+    """Returns the initial variables of training.
 
     Args:
       source: the network; its weights are read only if `pretrained`.
       num_classes: size of the new head, at least 1.
-      key: for the random initialisation, of the head alone if `pretrained`.
-      pretrained: whether all but the head comes from the source's weights.
+      key: key for the random initialisation; if `pretrained`, of the head alone.
+      pretrained: whether all variables except the head are the source's weights.
 
     Returns:
       {"params": tree, "batch_stats": tree} for `source.module(num_classes)`.
 
     Raises:
-      ValueError: if `num_classes` is below 1.
-      SourceUnavailableError: if the weights' package is missing.
-      WeightsError: if the weights are not those of the network.
+      ValueError: `num_classes` is below 1.
+      SourceUnavailableError: the package of the weights is missing.
+      WeightsError: the weights belong to another network.
     """
     if num_classes < 1:
         raise ValueError(f"`num_classes` must be at least 1, got {num_classes}.")
@@ -92,15 +92,16 @@ def initial_variables(
 
 
 def original_variables(source: Source) -> Variables:
-    """The source's weights as they are, with the original head."""
+    """Returns the source's weights, with the original head."""
     return jax.tree.map(jnp.asarray, source.load())
 
 
 def _random_variables(module: nn.Module, key: PRNGKeyArray) -> Variables:
-    """Returns what `module.init` draws from: LeCun normal kernels, and constants.
+    """Draws variables with the distribution of `module.init`.
 
-    All kernels come from one draw, because a CPU spends 10 to 20 seconds on compiling
-    a draw for each of their shapes, as `module.init` does.
+    These are LeCun normal kernels, and constants. All kernels come from one draw,
+    because `module.init` compiles a draw for each shape, which takes a CPU 10 to 20
+    seconds.
     """
     shapes = variable_shapes(module)
     kernels = [path for path in shapes if path[-1] == "kernel"]
@@ -108,7 +109,7 @@ def _random_variables(module: nn.Module, key: PRNGKeyArray) -> Variables:
     draw = np.asarray(jax.random.truncated_normal(key, -2, 2, (sum(sizes),)))
     constants = {"scale": 1, "var": 1, "bias": 0, "mean": 0}
     if not {path[-1] for path in shapes} <= {"kernel", *constants}:
-        return _drawn_by_module(module, key)  # of somebody who knows better
+        return _drawn_by_module(module, key)  # it has other variables
     variables = {
         path: np.full(leaf.shape, constants[path[-1]], np.float32)
         for path, leaf in shapes.items()
@@ -117,7 +118,7 @@ def _random_variables(module: nn.Module, key: PRNGKeyArray) -> Variables:
     for path, values in zip(kernels, np.split(draw, np.cumsum(sizes)[:-1])):
         shape = shapes[path].shape
         fan_in = math.prod(shape[:-1])
-        # 0.8796 is the deviation of a normal that is cut off at two deviations.
+        # 0.8796 is the deviation of a normal truncated at two deviations.
         variables[path] = values.reshape(shape) / np.sqrt(fan_in * 0.87962566**2)
     tree = unflatten_dict(jax.tree.map(jnp.float32, variables))
     return {"batch_stats": {}, **tree}

@@ -1,4 +1,4 @@
-"""Files of weights, of whatever kind: tensors by name."""
+"""Reads files of weights: tensors by name."""
 
 import math
 import os
@@ -21,17 +21,16 @@ COLLECTIONS = ("params", "batch_stats")
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Reads a file, or the folder of a checkpoint, by its suffix.
 
-    Nothing in it is executed: PyTorch's pickles are read as `read_torch_checkpoint`
-    says.
+    Nothing in the file is executed; for PyTorch's pickles see `read_torch_checkpoint`.
 
     Args:
-      path: `.safetensors`; `.pth` or `.pt`, in PyTorch's legacy format; `.msgpack`, as
-        `flax.serialization.to_bytes` writes; or a folder that orbax wrote.
+      path: `.safetensors`; `.pth` or `.pt` in PyTorch's legacy format; `.msgpack` from
+        `flax.serialization.to_bytes`; or a folder that orbax wrote.
 
     Returns:
-      Arrays by name. Those of trees are joined by `/`, such as `params/head/bias`; of
-      a tree with "params", such as a whole `TrainState`, they are "params" and
-      "batch_stats".
+      Arrays by name. Paths of trees are joined by `/`, as in `params/head/bias`. Of a
+      tree with "params", such as a `TrainState`, only "params" and "batch_stats" are
+      returned.
 
     Raises:
       WeightsError: the file is missing, damaged or of another kind.
@@ -52,13 +51,13 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         return read(path)
     except WeightsError:
         raise
-    except Exception as error:  # whatever a reader stumbles over in a damaged file
+    except Exception as error:  # readers of damaged files raise any exception
         first = (str(error) or type(error).__name__).splitlines()[0]
         raise WeightsError(f"`{path}` can not be read: {first:.200}") from error
 
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    # It checks the header against the size of the file, and allocates nothing before.
+    # It checks the header against the size of the file before it allocates memory.
     with safetensors.safe_open(path, "np") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
@@ -74,7 +73,7 @@ def _read_orbax(path: pathlib.Path) -> dict[str, np.ndarray]:
         found: Any = reader.metadata(path.absolute()).item_metadata
         if found is None:
             raise WeightsError(f"`{path}` is no checkpoint of orbax.")
-        # As NumPy arrays: they may have been written by more devices than are here.
+        # As NumPy arrays, because more devices may have written them than are here.
         return _flat(
             reader.restore(
                 path.absolute(),

@@ -1,4 +1,4 @@
-"""From tensors with the names of a file to the variables of a linen network."""
+"""Converts between named tensors of files and variables of linen networks."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -13,20 +13,20 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from dtnh_jax.finetune.weights.source import Variables
 from dtnh_jax.finetune.weights.torch_files import WeightsError
 
-Path = tuple[str, ...]  # of a variable, with its collection first
-_NAMED = 20  # in a message
+Path = tuple[str, ...]  # of a variable, starting with its collection
+_NAMED = 20  # problems named in a message
 
 
 def variable_shapes(module: nn.Module) -> dict[Path, jax.ShapeDtypeStruct]:
     """Returns the shape of every variable, by its path."""
-    images = jnp.zeros((1, 32, 32, 3))  # any size: variables depend on channels alone
+    images = jnp.zeros((1, 32, 32, 3))  # any size: only channels determine shapes
     init = partial(module.init, train=False)
     shapes: Any = flatten_dict(jax.eval_shape(init, jax.random.key(0), images))
     return {path: leaf for path, leaf in shapes.items() if path[0] != "intermediates"}
 
 
 def linen_name(path: Path) -> str:
-    """Returns how a variable is called in files with Flax's names.
+    """Returns the name of a variable in files with Flax's names.
 
     Example:
       >>> linen_name(("params", "head", "bias"))
@@ -41,14 +41,14 @@ def named_variables(
     name_of: Callable[[Path], str],
     title: str,
 ) -> Variables:
-    """Puts tensors where a network wants them.
+    """Returns the variables of a network from named tensors.
 
     Args:
-      tensors: by name; `num_batches_tracked` is ignored. With other names than
-        `linen_name`'s they have PyTorch's layout: outputs first.
+      tensors: tensors by name; `num_batches_tracked` is ignored. If names are not those
+        of `linen_name`, the layout is PyTorch's: outputs first.
       module: the network.
-      name_of: path of a variable -> name of its tensor.
-      title: of the network, for messages.
+      name_of: maps the path of a variable to the name of its tensor.
+      title: name of the network, for messages.
 
     Returns:
       {"params": tree, "batch_stats": tree} of NumPy arrays, float32.
@@ -92,7 +92,7 @@ def named_variables(
 
 
 def _outputs_last(tensor: np.ndarray, rank: int) -> np.ndarray:
-    """Returns a view with outputs last; of a pointwise kernel, as a matrix."""
+    """Returns a view with outputs last; a matrix for a pointwise kernel."""
     if tensor.ndim == 4 and rank == 2 and tensor.shape[2:] == (1, 1):
         tensor = tensor[:, :, 0, 0]
     if tensor.ndim == 4:
@@ -105,12 +105,12 @@ def _outputs_last(tensor: np.ndarray, rank: int) -> np.ndarray:
 def torch_tensors(
     variables: Variables, name_of: Callable[[Path], str]
 ) -> dict[str, np.ndarray]:
-    """The inverse of `named_variables`: tensors as PyTorch has them, outputs first.
+    """Inverts `named_variables`: returns tensors in PyTorch's layout, outputs first.
 
     Args:
-      variables: of a network whose dense layers are convolutions of 1x1 in PyTorch, but
-        for the `head`.
-      name_of: path of a variable -> name of its tensor.
+      variables: variables of a network whose dense layers, except the `head`, are 1x1
+        convolutions in PyTorch.
+      name_of: maps the path of a variable to the name of its tensor.
     """
     flat: Any = flatten_dict(variables)
     tensors = {}

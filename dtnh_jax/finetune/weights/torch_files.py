@@ -2,8 +2,8 @@
 
 The format is the one before the zip files of PyTorch 1.6: three small pickles (magic
 number, version, sizes of types), the pickled dictionary, the pickled keys of its
-storages, and then the storages, each a count followed by that many elements. What is
-done with the pickles is in `pickles`.
+storages, and then the storages, each a count followed by that many elements. `pickles`
+interprets the pickles.
 """
 
 import math
@@ -37,8 +37,8 @@ def read_torch_checkpoint(path: str | os.PathLike[str]) -> dict[str, np.ndarray]
       shared a storage in PyTorch share its memory here.
 
     Raises:
-      WeightsError: if the file is damaged or is anything but a dictionary of tensors.
-      OSError: if it cannot be read.
+      WeightsError: the file is damaged, or is no dictionary of tensors.
+      OSError: the file can not be read.
 
     Example:
       >>> tensors = read_torch_checkpoint("weights.pth")  # doctest: +SKIP
@@ -51,7 +51,7 @@ def read_torch_checkpoint(path: str | os.PathLike[str]) -> dict[str, np.ndarray]
     except WeightsError as error:
         raise WeightsError(f"`{path}`: {error}") from None
     except (ValueError, TypeError, LookupError, struct.error) as error:
-        # Any other stumble of the interpreter: the file is not a valid pickle.
+        # Any other error of the interpreter: the file is not a valid pickle.
         raise WeightsError(f"`{path}` is damaged: {error}") from error
 
 
@@ -86,7 +86,7 @@ def _read_storages(
 ) -> dict[Storage, np.ndarray]:
     arrays = {}
     for storage in storages:
-        # Sizes are checked against the bytes that are there before any allocation.
+        # Check sizes against the remaining bytes before any allocation.
         end = 8 + storage.size * np.dtype(storage.dtype).itemsize
         if len(data) < end:
             raise WeightsError(
@@ -117,7 +117,7 @@ def _view(
     if 0 in value.shape:
         return np.zeros(value.shape, flat.dtype)
     last = value.offset + sum((n - 1) * s for n, s in zip(value.shape, value.strides))
-    # A view may repeat elements (stride 0), but a copy of it must not be a bomb.
+    # A view may repeat elements (stride 0), but a copy of it must not exhaust memory.
     if math.prod(value.shape) > flat.size or last >= flat.size:
         raise WeightsError(
             f"tensor {name!r:.100} reaches out of its storage of {flat.size} elements: "

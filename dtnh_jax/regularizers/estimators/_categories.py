@@ -1,4 +1,4 @@
-"""The relation of a target's classes to the pretrained ones, for `co_tuning`."""
+"""The relation of the target's classes to the pretrained classes, for `co_tuning`."""
 
 import math
 from collections.abc import Callable
@@ -29,29 +29,29 @@ def category_relationship(
     With `p(s | x)` the softmax of `source_logits / temperature`:
 
     - "direct" averages `p(s | x)` over the examples of each target class.
-    - "reverse" learns `p(t | s)`, a softmax of weights `W[s]`, as the multinomial
-      logistic regression from the vectors `p(s | x)` to the labels, which minimises
-      `sum over examples of -log p(t | x) + l2/2 ||W||^2`. Bayes' rule turns it round:
-      `p(s | t)` is proportional to `p(t | s) p(s)`, where `p(s)` is the average of
+    - "reverse" learns `p(t | s)`, a softmax of weights `W[s]`, by multinomial logistic
+      regression from the vectors `p(s | x)` to the labels. It minimises
+      `sum over examples of -log p(t | x) + l2/2 ||W||^2`. Bayes' rule then gives
+      `p(s | t)`, proportional to `p(t | s) p(s)`, where `p(s)` is the average of
       `p(s | x)` over all examples.
 
     Args:
-      source_logits: `[n, source classes]`, of the pretrained network, with its own
-        head, on the training images of the target.
-      labels: `[n]`, of the target.
-      num_classes: how many classes the target has.
-      temperature: by which logits are divided, above 0; see `calibration_temperature`.
+      source_logits: `[n, source classes]`, logits of the pretrained network with its
+        own head, on the training images of the target.
+      labels: `[n]`, labels of the target.
+      num_classes: number of classes of the target.
+      temperature: divisor of the logits, above 0; see `calibration_temperature`.
       method: "direct" or "reverse".
-      l2: strength of the penalty in "reverse", above 0. At 1 a source class says
-        something once the examples hold about one example's worth of it. The smaller,
-        the longer it takes: seconds at 0.01, for 2,000 examples of 1,000 classes.
+      l2: strength of the penalty in "reverse", above 0. At 1, a source class has an
+        effect once its probabilities sum to about 1 over the examples. A smaller
+        strength takes longer: seconds at 0.01, for 2,000 examples of 1,000 classes.
 
     Returns:
-      `[target classes, source classes]`; each row has the sum 1.
+      `[target classes, source classes]`; each row sums to 1.
 
     Raises:
-      ValueError: if an argument is out of range, shapes do not match, or a class has
-        no examples.
+      ValueError: an argument is out of range, shapes do not match, or a class has no
+        examples.
 
     Example:
       >>> logits = np.log(np.array([[0.8, 0.2], [0.6, 0.4], [0.1, 0.9]]))
@@ -63,8 +63,8 @@ def category_relationship(
       You et al., 2020, "Co-Tuning for Transfer Learning", section 3,
       https://papers.nips.cc/paper/2020/hash/c8067ad1937f728f51288b3eb986afaa-Abstract.html
 
-    Differs from the official code, whose "reverse" chooses `1 / l2` among 17 values
-    by the accuracy on validation data, and calibrates the regression on them.
+    Differs from the official code, whose "reverse" chooses `1 / l2` among 17 values by
+    the accuracy on validation data, and calibrates the regression on the same data.
     """
     if method not in _METHODS:
         raise ValueError(f"`method` must be one of {_METHODS}, got {method!r}.")
@@ -85,7 +85,7 @@ def category_relationship(
     if method == "direct":
         relationship = one_hot.T @ probabilities / counts[:, None]
     else:
-        # No intercept: probabilities have the sum 1, so weights hold one already.
+        # No intercept: probabilities sum to 1, so the weights contain one.
         weights = _logistic_regression(probabilities, one_hot, l2)
         with np.errstate(divide="ignore"):  # of source classes that never occur
             log_prior = np.log(probabilities.mean(axis=0))
@@ -99,8 +99,8 @@ def _logistic_regression(
 ) -> np.ndarray:
     """Returns the weights `[s, t]` of a multinomial logistic regression.
 
-    Newton's method, which the penalty makes converge from anywhere. Its linear systems,
-    of s times t unknowns, are solved by conjugate gradients: no matrix is formed.
+    Uses Newton's method, which the penalty makes converge from any start. Conjugate
+    gradients solve its linear systems of `s * t` unknowns without forming a matrix.
     """
 
     def loss(weights):
@@ -121,7 +121,7 @@ def _logistic_regression(
             moved -= predicted * moved.sum(axis=1, keepdims=True)
             return inputs.T @ moved + l2 * x
 
-        # Roughly at first: far from the minimum, an exact step is no better.
+        # Solve roughly at first: far from the minimum an exact step is no better.
         step = _conjugate_gradients(curvature, -gradient, min(0.1, error**0.5))
         decrease = np.sum(gradient * step)  # negative
         rounding = 1e-14 * abs(value)
@@ -138,7 +138,7 @@ def _logistic_regression(
 def _conjugate_gradients(
     apply: Callable[[np.ndarray], np.ndarray], right: np.ndarray, relative: float
 ) -> np.ndarray:
-    """Solves `apply(x) = right`, up to a relative error, for positive definite ones."""
+    """Solves `apply(x) = right`, positive definite, to a relative error."""
     x, residual = np.zeros_like(right), right
     direction, square = right, np.sum(right**2)
     enough = relative**2 * square

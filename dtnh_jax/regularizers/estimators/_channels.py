@@ -1,4 +1,4 @@
-"""What each channel of a pretrained network is worth to a task, for `delta`."""
+"""The importance of a pretrained network's channels for a task, for `delta`."""
 
 import hashlib
 import json
@@ -21,22 +21,22 @@ Scales = dict[str, Float[Array, "_"]]  # [channels] by layer
 def attention_from_losses(
     rises: Float[Array | np.ndarray, "channels"], temperature: float = 5.0
 ) -> Float[np.ndarray, "channels"]:
-    """Weights of a layer's channels, by how much the loss rises without each.
+    """Returns weights of a layer's channels from the rise of the loss without each.
 
     They are `softmax(z / temperature)` with `z = (rises - mean) / std` over the layer,
-    where `std` divides by the number of channels. Channels that all matter alike get
-    `1 / channels` each.
+    where `std` divides by the number of channels. Equal rises give `1 / channels` to
+    each channel.
 
     Args:
       rises: `[channels]`, the loss without a channel minus the loss with all.
-      temperature: above 0; the higher, the more alike the weights.
+      temperature: above 0; a higher temperature makes the weights more equal.
 
     Returns:
-      `[channels]` in float32, above 0 and of sum 1.
+      `[channels]` in float32, above 0, which sum to 1.
 
     Raises:
-      ValueError: if there are no rises, if they are not finite, or if the temperature
-        is not positive.
+      ValueError: there are no rises, they are not finite, or the temperature is not
+        positive.
 
     Example:
       >>> print(attention_from_losses(np.array([0.0, 0.0, 3.0])).round(3))
@@ -48,7 +48,7 @@ def attention_from_losses(
       Li et al., 2019, "DELTA", https://arxiv.org/abs/1901.09229. The z-score and the
       temperature of 5 are those of its code, https://github.com/lixingjian/DELTA
 
-    Differs from DELTA's code where all rises are equal: there, it divides 0 by 0.
+    Differs from DELTA's code if all rises are equal: that code divides 0 by 0.
     """
     _check_temperature(temperature)
     exact = np.asarray(rises, np.float64)
@@ -58,7 +58,7 @@ def attention_from_losses(
         )
     spread = np.std(exact)
     scores = (exact - np.mean(exact)) / (spread if spread > 0 else 1.0)
-    # The greatest at 0, so that no temperature is too low for `exp`.
+    # The largest becomes 0, so that `exp` can not overflow at low temperatures.
     weights = np.exp((scores - np.max(scores)) / temperature)
     return (weights / np.sum(weights)).astype(np.float32)
 
@@ -73,37 +73,37 @@ def channel_attention(
     path: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> dict[str, Float[np.ndarray, "_"]]:
-    """Measures what each channel is worth: the loss without it, minus that with all.
+    """Measures each channel's importance: the loss without it, minus that with all.
 
-    It takes a forward pass over all batches for every channel of every layer, so a few
-    batches have to do: DELTA's authors take four of 64 images. The network should have
-    been trained on the task a little, its head at least, and run in evaluation mode.
+    This takes a forward pass over all batches for every channel of every layer, so use
+    few batches: DELTA's authors take four of 64 images. First train the network, at
+    least its head, briefly on the task. Run it in evaluation mode.
 
     Args:
-      loss: maps `(scales, batch)` to the mean loss of a batch, where `scales` holds for
-        each layer what its output is multiplied by, `[channels]` of ones, and 0 for
-        a channel that is dropped. `linen.scale_features` and `nnx.scale_features`
-        apply them to a network as it is.
+      loss: maps `(scales, batch)` to the mean loss of a batch. `scales` has factors
+        `[channels]` for the output of each layer: 1, or 0 for a dropped channel.
+        `linen.scale_features` and `nnx.scale_features` apply them to an unmodified
+        network.
       channels: number of channels by layer.
-      batches: arrays, or trees of them, with the examples on the leading axis. They
-        are gone through again and again, in one order, and weighted by their numbers
-        of examples. A batch of another shape compiles the loss again.
-      temperature: of `attention_from_losses`.
-      chunk_size: number of channels that are dropped at once, each in a copy of the
-        forward pass, in one compiled call.
-      path: file that keeps the losses, a line of JSON for each chunk. The same call
-        later goes on from what is there. Another temperature or chunk size is no
-        other call; another network is told by its loss.
+      batches: arrays, or trees of arrays, with the examples on the leading axis. They
+        are iterated repeatedly in the same order, and weighted by their numbers of
+        examples. A batch of another shape compiles the loss again.
+      temperature: as in `attention_from_losses`.
+      chunk_size: number of channels that one compiled call drops, each in its own copy
+        of the forward pass.
+      path: file for the losses, with a line of JSON for each chunk. A later call with
+        the same layers and batches resumes from it, whatever its temperature and chunk
+        size; another network is recognized by its loss.
       progress: whether to show a progress bar on a terminal, if `rich` is installed.
 
     Returns:
-      Weights `[channels]` in float32 by layer, of sum 1 each, for `delta`.
+      Weights `[channels]` in float32 by layer, which sum to 1, for `delta`.
 
     Raises:
-      TypeError: if `batches` can be gone through but once, or `loss` is no scalar.
-      ValueError: if an argument is out of range, a loss is not finite, the batches are
-        others the second time, or the file at `path` is of something else; the file is
-        then left as it was.
+      TypeError: `batches` can be iterated only once, or `loss` returns no scalar.
+      ValueError: an argument is out of range, a loss is not finite, the batches change
+        between iterations, or the file at `path` belongs to other layers, batches or
+        networks; the file is then unchanged.
 
     Example:
       >>> def loss(scales, batch):  # the second channel alone matters
@@ -115,14 +115,14 @@ def channel_attention(
     References:
       Li et al., 2019, "DELTA", https://arxiv.org/abs/1901.09229
 
-    Differs from DELTA's code, which sets the filter of a convolution to zero, before
-    its normalization: what remains then is the bias of the normalization. Here the
-    channel of the layer's output is zero, whichever layer that is.
+    Differs from DELTA's code, which zeroes the filter of a convolution before its
+    normalization, so that the normalization's bias remains. Here the channel of the
+    layer's output is zero, for any layer.
     """
     _check_temperature(temperature)
     if not channels or any(count < 1 for count in channels.values()):
         raise ValueError(
-            "`channels` must have a layer, and a channel at least in each, got "
+            "`channels` must have a layer, and at least one channel in each, got "
             f"{dict(channels)}."
         )
     if chunk_size < 1:
@@ -160,14 +160,14 @@ def channel_attention(
 
     digest, sizes = _fingerprint(channels, batches)
     record = _loss_file.read(path, digest, total)
-    # From the function that measures the rest: compiled once, and rounded alike.
+    # Use the function that measures the rest: it is compiled once and rounds alike.
     full = np.array([losses([], batch)[0] for batch in batches])
     if not np.all(np.isfinite(full)):
         raise ValueError(f"`loss` must be finite, got {full.tolist()} on the batches.")
     if _fingerprint(channels, batches) != (digest, sizes):
         raise ValueError(
-            "`batches` must be the same each time, in the same order, got others the "
-            "second time: make a list of them."
+            "`batches` must be the same in every iteration, got others in the second: "
+            "make a list of them."
         )
     weights = np.array(sizes) / sum(sizes)
     _loss_file.begin(path, record, digest, float(weights @ full))
@@ -204,7 +204,7 @@ def _fingerprint(
         lengths = {array.shape[:1] for array in arrays}
         if len(lengths) != 1 or lengths & {(), (0,)}:
             raise ValueError(
-                "`batches` must be of arrays with one leading axis, that of the "
+                "`batches` must be arrays that share a leading axis, that of the "
                 f"examples, got shapes {[array.shape for array in arrays]}."
             )
         digest.update(str(treedef).encode())

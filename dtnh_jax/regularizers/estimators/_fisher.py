@@ -1,4 +1,4 @@
-"""How much a network's outputs depend on each parameter."""
+"""`diagonal_fisher`: how much a network's predictions depend on each parameter."""
 
 from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any
@@ -25,38 +25,37 @@ def diagonal_fisher(
     chunk_size: int = 8,
     progress: bool = True,
 ) -> optax.Params:
-    """Diagonal of the Fisher information: `F_j = mean of (d log p(y | x) / d w_j)^2`.
+    """Estimates the Fisher diagonal: `F_j = mean of (d log p(y | x) / d w_j)^2`.
 
-    The mean is over examples `x`, of which each counts once, with one label `y` each:
-    drawn from the network's own distribution, if there is a `key`, or given. Sampled
-    labels estimate the Fisher information without bias. Given ones make what is called
-    the empirical Fisher, which is another matrix (Kunstner et al., 2019), and small
-    wherever the network fits its labels well.
+    The mean is over examples `x` with one label `y` each. With a `key`, labels are
+    sampled from the network's own distribution, which estimates the Fisher information
+    without bias. With `labels`, the result is the empirical Fisher, which is another
+    matrix (Kunstner et al., 2019) and small if the network fits its labels well.
 
-    It takes `chunk_size` forward and backward passes at once, and for their gradients
-    as many times the memory of the parameters. The rest is one copy in float32.
+    It runs `chunk_size` forward and backward passes at once; their gradients take
+    `chunk_size` times the memory of the parameters. The sums take one more copy in
+    float32.
 
     Args:
-      logits: maps parameters and a batch of `n` examples to logits `[n, classes]`.
-        It is called on batches of one, so dropout and the statistics of batches should
-        be off.
-      params: of the pretrained network.
+      logits: maps parameters and a batch of `n` examples to logits `[n, classes]`. It
+        is called on batches of one, so turn off dropout and batch statistics.
+      params: parameters of the pretrained network.
       batches: batches of examples, trees of arrays `[n, ...]`; `n` may change. A
-        multiple of `chunk_size` wastes nothing.
+        multiple of `chunk_size` avoids padding.
       labels: maps a batch to the labels `[n]` of its examples, integers.
-      key: to sample labels with. The label of an example depends on the key and the
-        example's number, not on how examples come in batches and chunks.
-      chunk_size: of how many examples to take gradients at once, at least 1.
-      progress: whether to show a bar. There is none off a terminal or without `rich`.
+      key: key for sampling labels. The label of an example depends on the key and the
+        example's number, not on the division into batches and chunks.
+      chunk_size: number of examples whose gradients are computed at once, at least 1.
+      progress: whether to show a progress bar on a terminal, if `rich` is installed.
 
     Returns:
       A tree like `params` in float32, for `l2_sp_fisher`; zero for leaves that are not
       floating or complex.
 
     Raises:
-      TypeError: if `batches` is one batch.
-      ValueError: if there are both `labels` and `key`, or neither, or no examples; if
-        `chunk_size` is below 1; or if shapes or labels are not as above.
+      TypeError: `batches` is a single batch.
+      ValueError: both or neither of `labels` and `key` are given, there are no
+        examples, `chunk_size` is below 1, or shapes or labels are not as above.
 
     Example:
       >>> params = {"kernel": jnp.zeros((2, 2))}
@@ -87,15 +86,15 @@ def diagonal_fisher(
       Kirkpatrick et al., 2017, https://arxiv.org/abs/1612.00796; Kunstner et al.,
       2019, https://arxiv.org/abs/1905.12558
 
-    Differs from Li et al., who average over all classes, with the network's
-    probabilities as weights: one sampled label has the same expectation, at the cost
-    of one backward pass instead of one for every class.
+    Differs from Li et al., who average over all classes, weighted by the network's
+    probabilities. One sampled label has the same expectation and needs one backward
+    pass instead of one for every class.
     """
     _check_arguments(batches, labels, key, chunk_size)
     leaves, treedef = _trees.flatten(params)
     at = [i for i, leaf in enumerate(leaves) if _trees.is_trainable(leaf)]
     if key is not None:
-        # Of JAX's generators this one draws the same alone and in a vectorized batch.
+        # Only this generator of JAX draws the same numbers with and without `vmap`.
         key = jax.random.key(jax.random.bits(key), impl="threefry2x32")
 
     def log_likelihood(trained, leaves, example, label, number, key):
@@ -120,7 +119,7 @@ def diagonal_fisher(
 
         return jax.tree.map(with_squares, sums, gradients)
 
-    # What is as large as the parameters is an argument, and not a constant inside.
+    # Arrays as large as the parameters are arguments, not constants of the program.
     add = jax.jit(add, donate_argnums=0)
     sums = [jnp.zeros(jnp.shape(leaves[i]), jnp.float32) for i in at]
     count, classes = 0, 0
@@ -132,7 +131,7 @@ def diagonal_fisher(
                 classes = classes or _classes(logits, params, batch)
                 chosen = _chosen(labels, batch, size, classes)
                 for start in range(0, size, chunk_size):
-                    # The last chunk is filled up with its last example.
+                    # Repeats of its last example fill the last chunk.
                     numbers = start + np.arange(chunk_size)
                     rows = np.minimum(numbers, size - 1)
                     chunk = jax.tree.map(lambda x, rows=rows: x[rows], batch)
@@ -140,7 +139,7 @@ def diagonal_fisher(
                     numbers = (count + numbers).astype(np.uint32)
                     sums = add(sums, leaves, chunk, chosen[rows], numbers, is_real, key)
                 count += size
-            jax.block_until_ready(sums)  # or chunks of many batches would queue up
+            jax.block_until_ready(sums)  # else chunks of many batches would queue up
             advance(1, f"{count} examples")
     if not count:
         raise ValueError("`batches` must hold at least one example, got none.")
@@ -170,10 +169,10 @@ def _check_arguments(batches: Any, labels: Any, key: Any, chunk_size: int) -> No
 
 
 def _size(batch: Batch) -> int:
-    """Returns how many examples a batch has.
+    """Returns the number of examples of a batch.
 
     Raises:
-      ValueError: if it has no arrays, or arrays of different lengths.
+      ValueError: the batch has no arrays, or arrays of different lengths.
     """
     arrays = {
         path: leaf
@@ -195,7 +194,7 @@ def _classes(logits: Callable, params: optax.Params, batch: Batch) -> int:
     """Returns the number of classes, without running the network.
 
     Raises:
-      ValueError: if `logits` does not return `[n, classes]`.
+      ValueError: `logits` does not return `[n, classes]`.
     """
     one = jax.tree.map(lambda x: x[:1], batch)
     shape = jnp.shape(jax.eval_shape(logits, params, one))
@@ -208,10 +207,10 @@ def _classes(logits: Callable, params: optax.Params, batch: Batch) -> int:
 
 
 def _chosen(labels: Any, batch: Batch, size: int, classes: int) -> np.ndarray:
-    """Returns given labels, or zeros where they will be sampled.
+    """Returns the given labels, or zeros if labels are sampled later.
 
     Raises:
-      ValueError: if labels are no integers `[n]`, or no classes.
+      ValueError: labels are no integers `[n]`, or out of range.
     """
     if labels is None:
         return np.zeros(size, np.int32)

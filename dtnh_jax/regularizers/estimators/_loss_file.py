@@ -1,6 +1,6 @@
-"""The file of `channel_attention`: a line that says of what, and one for each chunk.
+"""The file of `channel_attention`: a line that identifies it, and one for each chunk.
 
-Every function takes None for no file.
+Every function accepts the path None, which stands for no file.
 """
 
 import json
@@ -13,18 +13,18 @@ from dtnh_jax import _files
 
 
 class Record(NamedTuple):
-    """What a file holds."""
+    """The content of a file."""
 
-    rises: list[float]  # of the first channels, over all layers
-    baseline: float | None  # loss with all channels, None before there is one
-    size: int  # of the complete lines, in bytes
+    rises: list[float]  # of the first channels, counted over all layers
+    baseline: float | None  # loss with all channels; None if the file has none
+    size: int  # bytes of the complete lines
 
 
 def read(path: str | os.PathLike | None, digest: str, total: int) -> Record:
-    """Reads what an earlier call has measured, without a line that was cut off.
+    """Reads the losses of an earlier call, without an incomplete last line.
 
     Raises:
-      ValueError: if the file has no such lines, or not those of this digest.
+      ValueError: the file has no such lines, or another digest.
     """
     nothing = Record([], None, 0)
     if path is None or not os.path.exists(path):
@@ -32,7 +32,7 @@ def read(path: str | os.PathLike | None, digest: str, total: int) -> Record:
     content = pathlib.Path(path).read_bytes()
     start = _first_line(digest, 0.0).split(b"0.0")[0]
     if b"\n" not in content and content[: len(start)] == start[: len(content)]:
-        return nothing  # an empty file, or ours, cut off in the first line
+        return nothing  # an empty file, or an incomplete first line
     *lines, cut_off = content.split(b"\n")
     rises = []
     try:
@@ -47,8 +47,8 @@ def read(path: str | os.PathLike | None, digest: str, total: int) -> Record:
         is_ours, baseline = False, None
     if not is_ours:
         raise ValueError(
-            f"`path` must be a new file, or that of the same layers and batches, got "
-            f"{os.fspath(path)!r}, which is of something else."
+            "`path` must be a new file, or the file of the same layers and batches, "
+            f"got {os.fspath(path)!r}, which belongs to others."
         )
     return Record(rises, baseline, len(content) - len(cut_off))
 
@@ -56,10 +56,10 @@ def read(path: str | os.PathLike | None, digest: str, total: int) -> Record:
 def begin(
     path: str | os.PathLike | None, record: Record, digest: str, baseline: float
 ) -> None:
-    """Makes a file ready for lines to be appended.
+    """Prepares a file for appending lines.
 
     Raises:
-      ValueError: if it was measured on a network with another loss.
+      ValueError: the file belongs to a network with another loss.
     """
     if path is None:
         return
@@ -67,10 +67,10 @@ def begin(
         pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
         _files.replace(path, _first_line(digest, baseline))
         return
-    # Other chunk sizes round otherwise.
+    # Other chunk sizes round differently.
     if not math.isclose(record.baseline, baseline, rel_tol=1e-5, abs_tol=1e-6):
         raise ValueError(
-            f"`path` must be a new file, or that of the same network, got "
+            f"`path` must be a new file, or the file of the same network, got "
             f"{os.fspath(path)!r}, where the loss with all channels is "
             f"{record.baseline:.6g} instead of {baseline:.6g}."
         )
@@ -82,7 +82,7 @@ def _first_line(digest: str, baseline: float) -> bytes:
 
 
 def append(path: str | os.PathLike | None, line: dict[str, Any]) -> None:
-    """Adds one chunk."""
+    """Appends a line for one chunk."""
     if path is not None:
         with open(path, "ab") as file:
             file.write(json.dumps(line).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""A progress bar on terminals, where rich is installed."""
+"""A progress bar on terminals, if rich is installed."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ def progress_bar(
 
 
 def _terminal() -> Any:
-    """Returns rich's console, or None off a terminal or without rich."""
+    """Returns rich's console, or None without a terminal or without rich."""
     try:
         from rich.console import Console
     except ImportError:

@@ -14,24 +14,24 @@ def calibration_temperature(
     logits: Float[Array | np.ndarray, "n s"],
     labels: Integer[Array | np.ndarray, " _"],
 ) -> float:
-    """Finds the temperature at which a network's probabilities are calibrated.
+    """Returns the temperature at which a network's probabilities are calibrated.
 
-    It minimises the mean of `-log softmax(logits / T)[label]` over the examples, which
-    must be held out: on those that it was trained with, a network is too sure.
+    It minimises the mean of `-log softmax(logits / T)[label]` over the examples. They
+    must be held out, because a network is too confident on its training examples.
 
     Args:
-      logits: `[n, classes]`, of the pretrained network on data of its own task.
-      labels: `[n]`, of that task.
+      logits: `[n, classes]`, logits of the pretrained network on data of its own task.
+      labels: `[n]`, labels of that task.
 
     Returns:
-      The temperature, from 0.01 to 100, to a relative 1e-6. It is at the lower bound
-      where every prediction is right, since then no `T` is too small, and at the upper
-      where logits are no better than chance. It is 1 where every example's logits are
-      equal, since then no `T` changes anything.
+      The temperature, from 0.01 to 100, to a relative error of 1e-6. It is the lower
+      bound if every prediction is right, and the upper bound if logits are no better
+      than chance. It is 1 if each example's logits are all equal, because then the
+      temperature has no effect.
 
     Raises:
-      ValueError: if shapes do not match, a label is out of range, there are no
-        examples, or a logit is not finite.
+      ValueError: shapes do not match, a label is out of range, there are no examples,
+        or a logit is not finite.
 
     Example:
       >>> logits = np.array([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0], [2.0, 0.0]])
@@ -48,15 +48,15 @@ def calibration_temperature(
         return 1.0
 
     def slope(log_scale: float) -> tuple[float, float]:
-        """Returns the derivative by `1/T`, and its derivative by `log(1/T)`."""
+        """Returns the derivative with respect to `1/T`, and its own to `log(1/T)`."""
         scale = math.exp(log_scale)
         weights = np.exp(log_softmax(values * scale))
         mean = np.sum(weights * values, axis=1)
         variance = np.sum(weights * (values - mean[:, None]) ** 2, axis=1)
         return float(mean.mean()), scale * float(variance.mean())
 
-    # The loss is convex in 1/T, so its slope has one sign below the minimum and the
-    # other above: the root stays between `low` and `high`.
+    # The loss is convex in 1/T, so its slope is negative below the minimum and positive
+    # above it: the root stays between `low` and `high`.
     least, most = _RANGE
     low, high = -math.log(most), -math.log(least)
     if slope(low)[0] >= 0:
@@ -68,8 +68,8 @@ def calibration_temperature(
         value, derivative = slope(at)
         low, high = (at, high) if value < 0 else (low, at)
         newton = -value / derivative if derivative > 0 else math.inf
-        # Newton's step where it leads inside and the last one was twice as long, so
-        # that steps die out; the middle otherwise.
+        # Take Newton's step if it stays inside and is at most half as long as the last
+        # one, so that steps vanish; else take the middle.
         is_safe = low < at + newton < high and abs(newton) <= abs(step) / 2
         step = newton if is_safe else (low + high) / 2 - at
         at += step

@@ -1,4 +1,4 @@
-"""Regularizers of feature maps: near those of the pretrained network."""
+"""Distances between the feature maps of two networks."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -21,22 +21,22 @@ ChannelAttention = Weights | Mapping[str, Weights] | Sequence[Weights]
 
 
 def feature_map(student: FeatureMaps, teacher: FeatureMaps) -> Float[Array, ""]:
-    """Distance of feature maps: `1/2 sum over layers of ||FM - FM0||^2`, per example.
+    """Returns the distance of feature maps, `1/2 sum over layers of ||FM - FM0||^2`.
 
     Squares are summed over layers and over all positions and channels of a map, and
     averaged over the batch. The teacher's maps get no gradient.
 
     Args:
       student: feature maps `[batch, ...]` of the network in training: a dict or
-        sequence of one for each layer, or a single array.
-      teacher: those of the pretrained network on the same batch.
+        sequence with an array for each layer, or a single array.
+      teacher: feature maps of the pretrained network on the same batch.
 
     Returns:
       A scalar in float32.
 
     Raises:
-      TypeError: if a layer is no array.
-      ValueError: if there are none, or layers or shapes differ.
+      TypeError: a layer is no array.
+      ValueError: there are no layers, or layers or shapes differ.
 
     Example:
       >>> student = {"conv": jnp.array([[1.0, 2.0], [0.0, 0.0]])}
@@ -60,25 +60,25 @@ def feature_map(student: FeatureMaps, teacher: FeatureMaps) -> Float[Array, ""]:
 def delta(
     student: FeatureMaps, teacher: FeatureMaps, channel_attention: ChannelAttention
 ) -> Float[Array, ""]:
-    """Distance of feature maps with a weight for each channel.
+    """Returns the distance of feature maps, with a weight for each channel.
 
-    Of a layer with weights `a` it is `1/2 sum over channels of a_c ||FM_c - FM0_c||^2`,
-    where squares are averaged over positions and over the batch. Layers are summed.
-    The teacher's maps and the weights get no gradient.
+    A layer with weights `a` adds `1/2 sum over channels of a_c ||FM_c - FM0_c||^2`.
+    Squares are averaged over positions and over the batch; layers are summed. The
+    teacher's maps and the weights get no gradient.
 
     Args:
       student: feature maps `[batch, ..., channels]` of the network in training, by
         layer as in `feature_map`.
-      teacher: those of the pretrained network on the same batch.
-      channel_attention: weights `[channels]` by layer, as
-        `regularizers.channel_attention` returns them: those of a layer sum to 1.
+      teacher: feature maps of the pretrained network on the same batch.
+      channel_attention: weights `[channels]` by layer, which sum to 1 in each layer;
+        see `regularizers.channel_attention`.
 
     Returns:
       A scalar in float32.
 
     Raises:
-      TypeError: as `feature_map`.
-      ValueError: as `feature_map`, and if numbers of channels differ.
+      TypeError: as in `feature_map`.
+      ValueError: as in `feature_map`; also if numbers of channels differ.
 
     Example:
       >>> student = {"conv": jnp.array([[[1.0, 2.0], [0.0, 0.0]]])}  # two positions
@@ -115,29 +115,29 @@ def delta(
 
 
 def attention_transfer(student: FeatureMaps, teacher: FeatureMaps) -> Float[Array, ""]:
-    """Distance of the spatial attention of two networks, whatever their channels.
+    """Returns the distance of two networks' spatial attention, for any channels.
 
-    The attention map of an example is the mean over channels of its squared features,
-    a value for each position, divided by the 2-norm over positions. The penalty is
-    `1/2 ||Q - Q0||^2`, summed over layers and positions and averaged over the batch;
-    each layer's is between 0 and 1. The teacher's maps get no gradient.
+    The attention map of an example has a value for each position: the mean over
+    channels of the squared features, divided by the 2-norm over positions. The penalty
+    is `1/2 ||Q - Q0||^2`, summed over layers and positions and averaged over the batch;
+    each layer contributes 0 to 1. The teacher's maps get no gradient.
 
-    Where all features are zero the attention map is zero, and has no gradient. For
-    maps with one position, or without such axes, the penalty is 0 unless one of the
-    two maps is zero.
+    If all features are zero, the attention map is zero and has no gradient. For maps
+    with one position or no positions, the penalty is 0 unless one of the two maps is
+    zero.
 
     Args:
       student: feature maps `[batch, ..., channels]` of the network in training, by
         layer as in `feature_map`.
-      teacher: those of the pretrained network on the same batch, with the same
+      teacher: feature maps of the pretrained network on the same batch, with the same
         positions and any number of channels.
 
     Returns:
       A scalar in float32.
 
     Raises:
-      TypeError: as `feature_map`.
-      ValueError: if there are no layers, or layers, batch sizes or positions differ.
+      TypeError: as in `feature_map`.
+      ValueError: there are no layers, or layers, batch sizes or positions differ.
 
     Example:
       >>> student = {"conv": jnp.array([[[1.0], [0.0]]])}  # looks at position 0
@@ -149,8 +149,8 @@ def attention_transfer(student: FeatureMaps, teacher: FeatureMaps) -> Float[Arra
       Zagoruyko and Komodakis, 2017, equation 2 with p = 2,
       https://arxiv.org/abs/1612.03928
 
-    Differs from the authors' code, which has no factor 1/2 and averages over positions
-    too: there, strengths are greater by half the number of positions.
+    Differs from the authors' code, which has no factor 1/2 and also averages over
+    positions: there, strengths are larger by half the number of positions.
     """
     total = jnp.zeros([], jnp.float32)
     pairs = paired(student, teacher, slice(-1), "of one batch size and positions")
@@ -164,7 +164,7 @@ def attention_transfer(student: FeatureMaps, teacher: FeatureMaps) -> Float[Arra
 
 def _attention_map(x: Array) -> Array:
     """Returns `[batch, positions]` of norm 1 over positions."""
-    energy = jnp.sum(jnp.square(x), axis=-1)  # the mean, but for the norm
+    energy = jnp.sum(jnp.square(x), axis=-1)  # the norm makes it equal to the mean
     return unit(energy.reshape(len(x), math.prod(energy.shape[1:])), axis=1)
 
 

@@ -1,4 +1,4 @@
-"""Feature maps of two networks side by side, in float32."""
+"""Pairs the feature maps of two networks, in float32."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,8 +23,8 @@ def paired(
 
     Args:
       student: maps by layer, or one map.
-      teacher: the same.
-      axes: those in which the maps of a layer have to agree.
+      teacher: maps by layer, or one map.
+      axes: axes in which the maps of a layer must agree.
       alike: the same in words, for the error.
     """
     ours, theirs = by_layer(student, "student"), by_layer(teacher, "teacher")
@@ -39,20 +39,20 @@ def paired(
 
 
 def by_layer(maps: Any, argument: str) -> dict[str | int, Array]:
-    """Returns arrays by their name, or in a sequence by their number.
+    """Returns arrays by name, or by number for a sequence.
 
-    An array alone is one layer: its first axis is the batch, not the layers.
+    A single array is one layer: its first axis is the batch, not the layers.
 
     Raises:
-      TypeError: if there is anything else than arrays.
-      ValueError: if there are no layers, or a layer is a number.
+      TypeError: a layer is no array.
+      ValueError: there are no layers, or a layer is a number.
     """
     if hasattr(maps, "shape"):
         maps = [maps]
     if isinstance(maps, (str, bytes)) or not isinstance(maps, (Mapping, Sequence)):
         raise TypeError(
-            f"`{argument}` must be an array, or a dict or sequence of one for each "
-            f"layer, got {type(maps).__name__}."
+            f"`{argument}` must be an array, or a dict or sequence with an array for "
+            f"each layer, got {type(maps).__name__}."
         )
     layers = dict(maps.items() if isinstance(maps, Mapping) else enumerate(maps))
     if not layers:
@@ -77,7 +77,7 @@ def by_layer(maps: Any, argument: str) -> dict[str | int, Array]:
 def check_layers(
     layers: Mapping[str | int, Array], wanted: Mapping[str | int, Array], argument: str
 ) -> None:
-    """Raises ValueError if there is a layer too many or too few."""
+    """Raises ValueError if a layer is missing or unknown."""
     if layers.keys() != wanted.keys():
         raise ValueError(
             f"`{argument}` must have the layers of `student`, {list(wanted)}, got "
@@ -88,8 +88,8 @@ def check_layers(
 def on_every_device(x: Array) -> Array:
     """Gathers an array that is sharded over explicit axes of a mesh.
 
-    Relations between the examples of a batch need all of them, and on such meshes JAX
-    leaves it to us to say so.
+    Relations between the examples of a batch need all examples, and on such meshes JAX
+    does not gather them by itself.
     """
     sharding = jax.typeof(x).sharding
     if all(axis is None for axis in sharding.spec):
@@ -98,8 +98,8 @@ def on_every_device(x: Array) -> Array:
 
 
 def unit(x: Array, axis: int | tuple[int, ...]) -> Array:
-    """Divides by the 2-norm over axes; what is zero stays zero."""
-    # Of no effect on the result, but without it squares soon leave float32.
+    """Divides by the 2-norm over axes; zeros stay zero."""
+    # Does not change the result, but keeps squares in the range of float32.
     greatest = jnp.max(jnp.abs(x), axis, keepdims=True, initial=0.0)
     x = x / _or_one(jax.lax.stop_gradient(greatest))
     return x / jnp.sqrt(_or_one(jnp.sum(jnp.square(x), axis, keepdims=True)))

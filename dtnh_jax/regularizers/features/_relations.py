@@ -24,23 +24,24 @@ def relational(
 ) -> Float[Array, ""]:
     """Keeps the distances and the angles between the examples of a batch.
 
-    With all features of an example as one vector, distances are Euclidean, and divided
-    by their mean over the batch; angles are the cosines at the middle one of three
-    examples. Both are compared with the teacher's by the Huber loss with delta 1, and
+    The features of an example form one vector. Distances are Euclidean, divided by
+    their mean over the batch. Angles are cosines at the middle one of three examples.
+    The Huber loss with delta 1 compares both with the teacher's. Its values are
     averaged: distances over ordered pairs, angles over ordered triplets of distinct
     examples. Layers are summed. The teacher's maps get no gradient.
 
-    Examples that coincide have no direction to each other: the cosine of an angle with
-    them as a side counts as 0. A batch of one has no pairs and one of two no triplets;
-    the mean over none is 0.
+    Two equal examples define no direction, and the cosine of an angle with such a side
+    counts as 0. A batch of one has no pairs, a batch of two no triplets; a mean over
+    none is 0.
 
-    Angles take memory and time proportional to `batch^3`, so they suit batches up to
-    some hundred examples. With `angle=0` they are left out.
+    Angles take memory and time proportional to `batch^3`, so they suit batches of up to
+    a few hundred examples. `angle=0` skips them.
 
     Args:
       student: feature maps `[batch, ...]` of the network in training, by layer as in
         `feature_map`. On meshes with explicit axes they are gathered.
-      teacher: those of the pretrained network on the same batch, of any feature size.
+      teacher: feature maps of the pretrained network on the same batch, of any feature
+        size.
       distance: factor of the distances, at least 0.
       angle: factor of the angles, at least 0.
 
@@ -48,8 +49,9 @@ def relational(
       A scalar in float32.
 
     Raises:
-      TypeError: as `feature_map`.
-      ValueError: as `feature_map`; if batch sizes differ, or a factor is negative.
+      TypeError: as in `feature_map`.
+      ValueError: as in `feature_map`; also if batch sizes differ, or a factor is
+        negative.
 
     Example:
       >>> teacher = {"pooled": jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])}
@@ -63,11 +65,11 @@ def relational(
     References:
       Park et al., 2019, equations 4 to 9, https://arxiv.org/abs/1904.05068
 
-    Differs from the paper, which sums where this averages, and from the authors' code,
-    which averages over all `batch^2` and `batch^3` entries, those of an example with
-    itself, which are 0, among them: there, terms are smaller, by `(batch - 1) / batch`
-    for distances. The code also takes the mean distance over those above 0, but it
-    lifts all between two examples above it: so that is the mean over pairs, as here.
+    Differs from the paper, which sums instead of averaging. Differs from the authors'
+    code, which averages over all `batch^2` and `batch^3` entries, including the zeros
+    of an example with itself: there, terms are smaller, by `(batch - 1) / batch` for
+    distances. That code takes the mean over distances above 0, which is the mean over
+    pairs, as here, because it raises every distance between two examples above 0.
     """
     for name, value in (("distance", distance), ("angle", angle)):
         if not value >= 0:
@@ -82,7 +84,7 @@ def relational(
             total += distance * jnp.sum(lengths) / max(batch * (batch - 1), 1)
         if angle:
             angles = optax.losses.huber_loss(_cosines(ours), _cosines(theirs))
-            # From an example to another and back is no angle.
+            # A triplet of an example, another and the first again has no angle.
             is_angle = ~jnp.eye(batch, dtype=bool)[None]
             triplets = max(batch * (batch - 1) * (batch - 2), 1)
             total += angle * jnp.sum(jnp.where(is_angle, angles, 0.0)) / triplets
@@ -90,29 +92,30 @@ def relational(
 
 
 def cka(student: FeatureMaps, teacher: FeatureMaps) -> Float[Array, ""]:
-    """Dissimilarity of features up to rotation and scale: 1 minus their linear CKA.
+    """Returns 1 minus linear CKA: dissimilarity of features up to rotation and scale.
 
-    With the features of each example as one vector, centred over the batch, and their
-    Gram matrices `K` of the student and `L` of the teacher, `[batch, batch]`, that is
-    `1 - <K, L> / (||K|| ||L||)`. It is from 0 to 1 for each layer; layers are summed.
-    The teacher's maps get no gradient.
+    The features of each example form one vector, centred over the batch. With their
+    Gram matrices `[batch, batch]`, `K` of the student and `L` of the teacher, it is
+    `1 - <K, L> / (||K|| ||L||)`. Each layer contributes 0 to 1; layers are summed. The
+    teacher's maps get no gradient.
 
-    Examples that are all alike, as in a batch of one, have no relations: if either
-    network's are, the layer counts as 0 without gradient. So does a batch of two, where
-    any two networks agree. In batches that are small next to the number of features
-    even unrelated networks look alike, so use large ones.
+    If all examples have equal features in either network, as in a batch of one, the
+    layer counts as 0 and has no gradient. So does a batch of two, for which any two
+    networks agree. In batches that are small compared with the number of features, even
+    unrelated networks look similar, so use large batches.
 
     Args:
       student: feature maps `[batch, ...]` of the network in training, by layer as in
         `feature_map`. On meshes with explicit axes they are gathered.
-      teacher: those of the pretrained network on the same batch, of any feature size.
+      teacher: feature maps of the pretrained network on the same batch, of any feature
+        size.
 
     Returns:
       A scalar in float32.
 
     Raises:
-      TypeError: as `feature_map`.
-      ValueError: as `feature_map`, and if batch sizes differ.
+      TypeError: as in `feature_map`.
+      ValueError: as in `feature_map`; also if batch sizes differ.
 
     Example:
       >>> teacher = {"pooled": jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])}
@@ -129,8 +132,8 @@ def cka(student: FeatureMaps, teacher: FeatureMaps) -> Float[Array, ""]:
     for ours, theirs in pairs.values():
         ours, theirs = _centred_gram(ours), _centred_gram(theirs)
         has_spread = jnp.any(ours != 0) & jnp.any(theirs != 0)
-        # Half the squared distance of unit vectors: 1 minus their product, but never
-        # below 0, and exact where the two are near.
+        # Half the squared distance of unit vectors equals 1 minus their product, is
+        # never negative, and is exact for similar ones.
         difference = unit(ours, (0, 1)) - unit(theirs, (0, 1))
         apart = 0.5 * jnp.sum(jnp.square(difference))
         total += jnp.where(has_spread, apart, 0.0)
@@ -138,7 +141,7 @@ def cka(student: FeatureMaps, teacher: FeatureMaps) -> Float[Array, ""]:
 
 
 def _flat(x: Array) -> Array:
-    """Returns `[batch, features]`, whole on every device."""
+    """Returns `[batch, features]`, gathered on every device."""
     x = on_every_device(x)
     return x.reshape(len(x), math.prod(x.shape[1:]))
 
@@ -147,8 +150,8 @@ def _distances(x: Array) -> Array:
     """Returns distances `[batch, batch]` in units of their mean over pairs."""
     x = _flat(x)
 
-    # From differences, not inner products, so that equal examples are at 0 exactly.
-    # One example after the other, so that no [batch, batch, features] are in memory.
+    # Differences, not inner products, so that equal examples have distance 0 exactly.
+    # One example at a time, so that no [batch, batch, features] is in memory.
     @jax.checkpoint
     def to_all(example):
         square = jnp.sum(jnp.square(x - example[None]), axis=1)
@@ -170,9 +173,9 @@ def _cosines(distances: Array) -> Array:
 
 
 def _centred_gram(x: Array) -> Array:
-    """Returns `[batch, batch]` inner products of what examples differ by."""
+    """Returns the inner products `[batch, batch]` of centred examples."""
     x = _flat(x)
-    # Then examples that are all alike are exactly zero, which a mean would round.
+    # Equal examples become exactly zero; subtracting their mean alone would round.
     x = x - jax.lax.stop_gradient(x[:1])
     x = x - jnp.sum(x, axis=0, keepdims=True) / max(len(x), 1)
     return jnp.matmul(x, x.T, precision=jax.lax.Precision.HIGHEST)

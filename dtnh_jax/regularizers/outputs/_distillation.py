@@ -1,4 +1,4 @@
-"""Distillation: class probabilities near those of the pretrained network."""
+"""Distillation: keeps class probabilities near those of the pretrained network."""
 
 import jax
 import jax.numpy as jnp
@@ -11,21 +11,23 @@ def logit_distillation(
     teacher_logits: Float[Array | np.ndarray, "_ _"],
     temperature: float = 2.0,
 ) -> Float[Array, ""]:
-    """Divergence of softened class probabilities, `T^2 KL(teacher || student)`.
+    """Returns the divergence of softened probabilities, `T^2 KL(teacher || student)`.
 
-    Summed over classes and averaged over the batch; the factor `T^2` keeps gradients
-    of one size at every temperature. The teacher's logits get no gradient.
+    It is summed over classes and averaged over the batch. The factor `T^2` keeps
+    gradients at the same scale for every temperature. The teacher's logits get no
+    gradient.
 
     Args:
-      student_logits: `[batch, classes]`, of the network in training.
-      teacher_logits: `[batch, classes]`, of the pretrained network on that batch.
-      temperature: by which logits are divided, above 0.
+      student_logits: `[batch, classes]`, logits of the network in training.
+      teacher_logits: `[batch, classes]`, logits of the pretrained network on the same
+        batch.
+      temperature: divisor of the logits, above 0.
 
     Returns:
-      A scalar in float32, at least 0, and 0 where the logits agree.
+      A scalar in float32, at least 0, and 0 if the probabilities are equal.
 
     Raises:
-      ValueError: if shapes differ or the temperature is not positive.
+      ValueError: shapes differ, or the temperature is not positive.
 
     Example:
       >>> student, teacher = jnp.array([[0.0, 0.0]]), jnp.array([[4.0, 0.0]])
@@ -35,8 +37,8 @@ def logit_distillation(
     References:
       Hinton et al., 2015, section 2, https://arxiv.org/abs/1503.02531
 
-    Differs from the paper by the teacher's entropy, which has no gradient: the paper
-    has the cross-entropy.
+    Differs from the paper, which has the cross-entropy, by the teacher's entropy; that
+    has no gradient.
     """
     return temperature**2 * _divergence(student_logits, teacher_logits, temperature)
 
@@ -49,22 +51,24 @@ def lwf(
     """Learning without Forgetting: `KL(teacher || student)` of the old head's outputs.
 
     Both logits are those of the pretrained classes on images of the new task: the old
-    head stays in the network beside the new one, and is trained with it. Probabilities
-    are softened by the temperature. Summed over classes and averaged over the batch.
-    The teacher's logits get no gradient.
+    head stays in the network beside the new head, and is trained with it. The
+    temperature softens probabilities. The divergence is summed over classes and
+    averaged over the batch. The teacher's logits get no gradient.
 
     Args:
-      student_logits: `[batch, classes]`, of the old head on the network in training.
-      teacher_logits: `[batch, classes]`, of the pretrained network on that batch.
-      temperature: by which logits are divided, above 0. Its gradient shrinks with
-        `1 / T^2`, other than that of `logit_distillation`, so a strength belongs to
-        a temperature. Usual are 3 with strength 4, and the paper's 2 with strength 1.
+      student_logits: `[batch, classes]`, logits of the old head in the network in
+        training.
+      teacher_logits: `[batch, classes]`, logits of the pretrained network on the same
+        batch.
+      temperature: divisor of the logits, above 0. Unlike in `logit_distillation`, the
+        gradient shrinks with `1 / T^2`, so the best strength depends on the
+        temperature. Common are 3 with strength 4, and the paper's 2 with strength 1.
 
     Returns:
-      A scalar in float32, at least 0, and 0 where the logits agree.
+      A scalar in float32, at least 0, and 0 if the probabilities are equal.
 
     Raises:
-      ValueError: if shapes differ or the temperature is not positive.
+      ValueError: shapes differ, or the temperature is not positive.
 
     Example:
       >>> student, teacher = jnp.array([[0.0, 0.0]]), jnp.array([[6.0, 0.0]])
@@ -74,8 +78,8 @@ def lwf(
     References:
       Li and Hoiem, 2016, equations 2 and 3, https://arxiv.org/abs/1606.09282
 
-    Differs from the paper by the teacher's entropy, which has no gradient: the paper
-    has the cross-entropy.
+    Differs from the paper, which has the cross-entropy, by the teacher's entropy; that
+    has no gradient.
     """
     return _divergence(student_logits, teacher_logits, temperature)
 

@@ -1,4 +1,4 @@
-"""The expected error of a classifier: the judge for held-out gradients."""
+"""The expected error of a classifier: the loss for held-out gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -22,25 +22,25 @@ def expected_error(
     | Bool[Array | np.ndarray, "..."]
     | None = None,
 ) -> Float[Array, ""]:
-    """Expected error rate of a classifier that samples its answers: `1 - p(label)`.
+    """Returns the error rate of a classifier that samples its answer: `1 - p(label)`.
 
-    It is the judge for held-out gradients: pass its gradient on held-out examples to
-    `tx.update` as `held_out_grads`. It is bounded, so that one confidently wrong
-    example does not outweigh all others, as it does in a cross-entropy.
+    Use it for held-out gradients: pass its gradient on held-out examples to `tx.update`
+    as `held_out_grads`. It is bounded, so one confidently wrong example does not
+    outweigh all others, as it would in a cross-entropy.
 
     Args:
       logits: `[batch, classes]` or `[batch, tokens, vocabulary]`.
       labels: integers, `[batch]` or `[batch, tokens]`. Under `jax.jit` a label out of
-        range cannot raise, and makes the result NaN.
-      mask: weights of examples or tokens, of the shape of `labels`. The mean is over
-        the entries it keeps. Labels and logits are ignored where it is 0.
+        range can not raise; it makes the result NaN.
+      mask: weights of examples or tokens, with the shape of `labels`, for the mean.
+        Where a weight is 0, label and logits are ignored.
 
     Returns:
-      The mean in float32, from 0 to 1; 0 if the mask keeps nothing.
+      The mean in float32, from 0 to 1; 0 if all weights are 0.
 
     Raises:
-      TypeError: if `logits` are not floating or `labels` no integers.
-      ValueError: if shapes do not match, or a label is known to be out of range.
+      TypeError: `logits` are not floating, or `labels` are no integers.
+      ValueError: shapes do not match, or a label that is not traced is out of range.
 
     Example:
       >>> logits = jnp.log(jnp.array([[0.75, 0.25], [0.5, 0.5]]))
@@ -64,7 +64,7 @@ def expected_error(
 
 
 def _errors(logits: Array, labels: Array, is_kept: Array) -> Array:
-    """Returns `1 - p(label)` of each entry, and 0 where it is masked out."""
+    """Returns `1 - p(label)` of each entry, and 0 for masked entries."""
     is_kept, labels = is_kept[..., None], labels[..., None]
     logits = jnp.where(is_kept, jnp.asarray(logits).astype(jnp.float32), 0.0)
     classes = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)

@@ -1,7 +1,7 @@
 """The divergence from a reference model's next-token probabilities.
 
-It goes through the tokens in chunks, so that no array of the size of the logits is
-written in float32. Not through the vocabulary, over which logits are often sharded.
+Tokens are processed in chunks, so that no float32 array of the size of the logits is
+written. The vocabulary is not split, because logits are often sharded over it.
 """
 
 import functools
@@ -21,7 +21,7 @@ from dtnh_jax.regularizers.outputs._tokens import (
 
 _DIRECTIONS = ("forward", "reverse")
 _CHUNKS = 16
-_WHOLE = 2**18  # entries of logits that are not worth a loop
+_WHOLE = 2**18  # logits with at most so many entries are not split
 
 
 def kl_to_reference(
@@ -34,34 +34,34 @@ def kl_to_reference(
     | None = None,
     direction: str = "forward",
 ) -> Float[Array, ""]:
-    """Divergence of next-token probabilities from those of a reference model.
+    """Returns the divergence of next-token probabilities from a reference model's.
 
     With `p` the model's probabilities and `q` the reference's, "forward" is
-    `KL(q || p) = sum over the vocabulary of q log(q / p)`, and "reverse" is
-    `KL(p || q)`, the penalty of reinforcement learning from human feedback. The
-    reference gets no gradient.
+    `KL(q || p) = sum over the vocabulary of q log(q / p)`. "reverse" is `KL(p || q)`,
+    the penalty of reinforcement learning from human feedback. The reference gets no
+    gradient.
 
-    It is computed in float32, a sixteenth of the tokens at a time: no float32 array of
-    the size of the logits is needed. What it keeps for the backward pass is of the size
-    and dtype of the logits. Logits may be sharded along any axis; along that of the
-    tokens, on meshes with explicit axes, the logits are taken as a whole.
+    It is computed in float32, a sixteenth of the tokens at a time, without a float32
+    array of the size of the logits. The backward pass keeps one array of the size and
+    dtype of the logits. Logits may be sharded along any axis. If explicit mesh axes
+    shard the tokens, the logits are processed at once.
 
     Args:
       logits: `[batch, tokens, vocabulary]` of the network in training; or with any
         other axes before the last.
       reference_logits: the same of the pretrained network.
-      mask: weights of tokens, `[batch, tokens]`, such as 0 for padding and prompts.
+      mask: weights of tokens, `[batch, tokens]`, for example 0 for padding and prompts.
       direction: "forward" or "reverse".
 
     Returns:
-      A scalar in float32: nats per token, the mean over the tokens that `mask` keeps;
-      0 if it keeps none. It is at least 0, and 0 where the probabilities agree. It is
-      infinite where a token has no probability (a logit of `-inf`) in the second of
-      the two models but in the first.
+      A scalar in float32: nats per token, as the mean weighted by `mask`; 0 if all
+      weights are 0. It is at least 0, and 0 if the probabilities are equal.
+      `KL(a || b)` is infinite if a token has probability 0 (a logit of `-inf`) in `b`
+      but not in `a`.
 
     Raises:
-      TypeError: if logits are not floating.
-      ValueError: if shapes differ or the direction is unknown.
+      TypeError: logits are not floating.
+      ValueError: shapes differ, or the direction is unknown.
 
     Example:
       >>> logits = jnp.zeros((1, 2, 2))  # one sequence of two tokens
@@ -74,8 +74,9 @@ def kl_to_reference(
       1.325
 
     References:
-      Kullback and Leibler, 1951, https://doi.org/10.1214/aoms/1177729694; Ouyang et
-      al., 2022, equation 2, for the reverse, https://arxiv.org/abs/2203.02155
+      Kullback and Leibler, 1951, https://doi.org/10.1214/aoms/1177729694; for the
+      reverse direction Ouyang et al., 2022, equation 2,
+      https://arxiv.org/abs/2203.02155
     """
     return _mean(logits, reference_logits, None, mask, direction)
 
@@ -91,40 +92,40 @@ def masked_kl(
     | None = None,
     direction: str = "forward",
 ) -> Float[Array, ""]:
-    """Divergence from a reference model among the tokens that are not the label.
+    """Returns the divergence from a reference model among the tokens except the label.
 
-    The label's probability is removed from both models, and what is left is scaled to
-    the sum 1: `p'(v) = p(v) / (1 - p(label))` for `v` other than the label, and `q'` in
-    the same way from the reference. "forward" is `KL(q' || p')`, "reverse" is
-    `KL(p' || q')`. So it holds on to the reference's order of the alternatives, and
-    does not oppose the loss, which only moves probability to the label: its gradient
-    by the label's logit is 0. The reference gets no gradient.
+    The label's probability is removed from both models, and the others are scaled to
+    sum to 1: `p'(v) = p(v) / (1 - p(label))` for tokens `v` except the label, and `q'`
+    likewise from the reference. "forward" is `KL(q' || p')`, "reverse" is
+    `KL(p' || q')`. It keeps the reference's relative probabilities of the other tokens.
+    It does not oppose the loss, which moves probability to the label: its gradient with
+    respect to the label's logit is 0. The reference gets no gradient.
 
-    Memory is as with `kl_to_reference`.
+    It takes as much memory as `kl_to_reference`.
 
     Args:
       logits: `[batch, tokens, vocabulary]` of the network in training; or with any
         other axes before the last.
       reference_logits: the same of the pretrained network.
-      labels: integers, `[batch, tokens]`: what the loss wants at each token. Under
-        `jax.jit` a label out of range cannot raise, and makes the result NaN.
-      mask: weights of tokens, `[batch, tokens]`, such as 0 for padding and prompts.
-        Labels are ignored where it is 0.
+      labels: integers, `[batch, tokens]`: the labels of the loss. Under `jax.jit` a
+        label out of range can not raise; it makes the result NaN.
+      mask: weights of tokens, `[batch, tokens]`, for example 0 for padding and prompts.
+        Where a weight is 0, the label is ignored.
       direction: "forward" or "reverse".
 
     Returns:
-      A scalar in float32: nats per token, the mean over the tokens that `mask` keeps;
-      0 if it keeps none.
+      A scalar in float32: nats per token, as the mean weighted by `mask`; 0 if all
+      weights are 0.
 
     Raises:
-      TypeError: if logits are not floating or `labels` no integers.
-      ValueError: if shapes do not match, the direction is unknown, or a label is known
-        to be out of range.
+      TypeError: logits are not floating, or `labels` are no integers.
+      ValueError: shapes do not match, the direction is unknown, or a label that is not
+        traced is out of range.
 
     Example:
       >>> logits = jnp.array([[[9.0, 0.0, 0.0]]])  # one sequence of one token
       >>> reference = jnp.array([[[0.0, 2.0, 2.0]]])
-      >>> label = jnp.array([[0]])  # the alternatives are as likely as each other
+      >>> label = jnp.array([[0]])  # the other two tokens are equally likely in both
       >>> print(f"{masked_kl(logits, reference, label):.3f}")
       0.000
       >>> print(f"{kl_to_reference(logits, reference):.3f}")
@@ -151,7 +152,7 @@ def _mean(
     mask: Array | np.ndarray | None,
     direction: str,
 ) -> Float[Array, ""]:
-    """Returns the mean over tokens, with the labels left out if there are any."""
+    """Returns the mean over tokens, without the labels if they are given."""
     if direction not in _DIRECTIONS:
         raise ValueError(
             f"`direction` must be one of {_DIRECTIONS}, got {direction!r}."
@@ -189,7 +190,7 @@ def _weighted(
 @_weighted.defjvp
 def _weighted_jvp(direction, primals, tangents):
     total, slope = _in_chunks(direction, *primals, with_slope=True)
-    # Autodiff would keep several arrays in float32 instead of this one.
+    # Autodiff would keep several float32 arrays instead of this one.
     return total, jnp.sum(slope.astype(jnp.float32) * tangents[0].astype(jnp.float32))
 
 
@@ -202,7 +203,7 @@ def _in_chunks(
     *,
     with_slope: bool,
 ) -> tuple[Array, Any]:
-    """Returns the weighted sum, and its derivative by the logits, in their dtype."""
+    """Returns the weighted sum and its gradient, in the dtype of the logits."""
     axis = _chunked_axis(logits)
     if axis is None:
         fresh = jnp.ones([1] * logits.ndim, bool)
@@ -220,7 +221,7 @@ def _in_chunks(
         wanted = labels
         if labels is not None:
             wanted = jax.lax.dynamic_slice_in_dim(labels, start, size, axis)
-        # The last chunk may begin inside the one before.
+        # The last chunk may overlap the one before.
         shape = [size if at == axis else 1 for at in range(logits.ndim)]
         positions = start + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
         fresh = positions >= i * size
@@ -241,7 +242,7 @@ def _in_chunks(
 
 
 def _as_bits(x: Array) -> Array:
-    """Hides numbers of half precision from XLA, which casts them before a loop."""
+    """Returns half precision as bits: XLA would cast numbers before a loop."""
     is_half = x.dtype.itemsize == 2
     return jax.lax.bitcast_convert_type(x, jnp.uint16) if is_half else x
 
@@ -286,7 +287,7 @@ def _whole(
 
 
 def _log_probabilities(logits: Array, labels: Array | None) -> Array:
-    """Returns them in float32, with none left for the labels, if there are any."""
+    """Returns log probabilities in float32, without the labels if they are given."""
     logits = logits.astype(jnp.float32)
     if labels is not None:
         words = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
@@ -297,8 +298,8 @@ def _log_probabilities(logits: Array, labels: Array | None) -> Array:
 def _terms(log_a: Array, log_b: Array) -> Array:
     """Returns terms at least 0 whose sum is `KL(a || b)`: `a log(a / b) - a + b`.
 
-    The sum of `b - a` is 0. With it, terms are squares of small differences instead of
-    the differences themselves, whose rounding errors hide a small divergence.
+    The sum of `b - a` is 0. With it, terms are squares of small differences; without
+    it, rounding errors of the differences would hide a small divergence.
     """
     a, b = jnp.exp(log_a), jnp.exp(log_b)
     d = jnp.where(a == 0, 0.0, log_a - log_b)

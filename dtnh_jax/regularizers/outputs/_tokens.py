@@ -10,10 +10,10 @@ from jaxtyping import Array, Float
 def weights_of_mean(
     mask: Array | np.ndarray | None, shape: tuple[int, ...]
 ) -> Float[Array, "..."]:
-    """Returns weights of sum 1, or zeros if the mask keeps nothing.
+    """Returns weights that sum to 1, or zeros if the mask is all zeros.
 
     Raises:
-      ValueError: if the mask has another shape.
+      ValueError: the mask has another shape.
     """
     if mask is None:
         mask = jnp.ones(shape, jnp.float32)
@@ -34,7 +34,7 @@ def check_floating(logits: Array | np.ndarray, argument: str) -> None:
 
 
 def log_normalizer(x: Float[Array, "*batch n"]) -> Float[Array, "*batch 1"]:
-    """Returns `log(sum(exp(x)))` over the last axis, which is kept."""
+    """Returns `log(sum(exp(x)))` over the last axis, with length 1 there."""
     most = jax.lax.stop_gradient(jnp.max(x, axis=-1, keepdims=True))
     most = jnp.where(jnp.isfinite(most), most, 0.0)
     return most + jnp.log(jnp.sum(jnp.exp(x - most), axis=-1, keepdims=True))
@@ -43,7 +43,7 @@ def log_normalizer(x: Float[Array, "*batch n"]) -> Float[Array, "*batch 1"]:
 def check_labels(
     labels: Array | np.ndarray, mask: Array | np.ndarray | None, classes: int
 ) -> None:
-    """Raises ValueError for a label that is known to be out of range, and is kept."""
+    """Raises ValueError for a label out of range, unless it is traced or masked."""
     if isinstance(labels, Tracer) or isinstance(mask, Tracer):
         return
     kept = np.asarray(labels)

@@ -1,4 +1,4 @@
-"""The divergence from a reference of which only the likeliest tokens were stored."""
+"""The divergence from a reference model's stored most likely tokens."""
 
 from typing import NamedTuple
 
@@ -15,12 +15,12 @@ from dtnh_jax.regularizers.outputs._tokens import (
 
 
 class TopK(NamedTuple):
-    """What is kept of a reference model's predictions, `k` tokens of each.
+    """The `k` most likely tokens of a reference model's predictions.
 
     Attributes:
-      tokens: `[..., k]`, the likeliest ones, the likeliest first.
-      log_probabilities: `[..., k + 1]` in float32: of those tokens, and at last of all
-        others together.
+      tokens: `[..., k]`, the most likely tokens, in descending order.
+      log_probabilities: `[..., k + 1]` in float32: those of the tokens, and last that
+        of all other tokens together.
     """
 
     tokens: Int[Array, "... k"]
@@ -30,22 +30,23 @@ class TopK(NamedTuple):
 def top_k_of_reference(
     reference_logits: Float[Array | np.ndarray, "... vocabulary"], k: int
 ) -> TopK:
-    """Takes from a reference's logits what `top_k_kl` needs, to be stored.
+    """Returns the most likely tokens of a reference model, to be stored for `top_k_kl`.
 
-    With a vocabulary of 49,152 and `k = 32` that is a thousandth of the logits, so a
-    reference can be asked once for all training tokens, before training.
+    With a vocabulary of 49,152 and `k = 32` they take a thousandth of the logits'
+    memory. So the reference model can run once over all training tokens, before
+    training.
 
     Args:
       reference_logits: `[batch, tokens, vocabulary]`, or with any other axes before the
         last.
-      k: how many tokens to keep, at least 1 and less than the vocabulary.
+      k: number of tokens to keep, at least 1 and less than the vocabulary.
 
     Returns:
-      Tokens and log probabilities; arrays, to be saved and passed to `top_k_kl`.
+      Tokens and log probabilities: arrays to be saved and passed to `top_k_kl`.
 
     Raises:
-      TypeError: if logits are not floating.
-      ValueError: if `k` is out of range.
+      TypeError: logits are not floating.
+      ValueError: `k` is out of range.
 
     Example:
       >>> stored = top_k_of_reference(jnp.log(jnp.array([0.5, 0.3, 0.1, 0.1])), k=2)
@@ -73,29 +74,28 @@ def top_k_kl(
     | None = None,
     direction: str = "forward",
 ) -> Float[Array, ""]:
-    """Divergence from stored predictions: of `k` tokens, and of all others as one.
+    """Returns the divergence from stored predictions of a reference model.
 
-    "forward" is `KL(q || p)` and "reverse" is `KL(p || q)`. Here `p` is the model's and
-    `q` the reference's probabilities of `k + 1` events: each of the reference's
-    likeliest `k` tokens, and any other token. It is at most the divergence over the
-    whole vocabulary, and equal to it where the models agree on how the rest is shared
-    out.
-    The reference gets no gradient.
+    "forward" is `KL(q || p)` and "reverse" is `KL(p || q)`. Here `p` are the model's
+    and `q` the reference's probabilities of `k + 1` events: each of the reference's `k`
+    most likely tokens, and any other token. The result is at most the divergence over
+    the whole vocabulary. It is equal to it if both models divide the rest among the
+    other tokens in the same way. The reference gets no gradient.
 
     Args:
       logits: `[batch, tokens, vocabulary]` of the network in training; or with any
         other axes before the last.
-      reference: of `top_k_of_reference`, for the same tokens.
-      mask: weights of tokens, `[batch, tokens]`, such as 0 for padding and prompts.
+      reference: result of `top_k_of_reference` for the same tokens.
+      mask: weights of tokens, `[batch, tokens]`, for example 0 for padding and prompts.
       direction: "forward" or "reverse".
 
     Returns:
-      A scalar in float32: nats per token, the mean over the tokens that `mask` keeps;
-      0 if it keeps none.
+      A scalar in float32: nats per token, as the mean weighted by `mask`; 0 if all
+      weights are 0.
 
     Raises:
-      TypeError: if logits are not floating.
-      ValueError: if shapes do not match or the direction is unknown.
+      TypeError: logits are not floating.
+      ValueError: shapes do not match, or the direction is unknown.
 
     Example:
       >>> reference = jnp.array([[[4.0, 0.0, 0.0], [1.0, 3.0, 0.0]]])
@@ -104,8 +104,8 @@ def top_k_kl(
       0.739
 
     References:
-      That a sum of events diverges less: Cover and Thomas, 2006, "Elements of
-      information theory", theorem 2.7.1 (log sum inequality)
+      The bound: Cover and Thomas, 2006, "Elements of information theory", theorem 2.7.1
+      (log sum inequality)
     """
     if direction not in ("forward", "reverse"):
         raise ValueError(
@@ -127,14 +127,14 @@ def top_k_kl(
     first, second = (log_q, log_p) if direction == "forward" else (log_p, log_q)
     is_possible = first > -jnp.inf
     gap = jnp.where(is_possible, first - second, 0.0)
-    # As a mean of `exp(-gap) - 1 + gap`, which is at least 0 however it is rounded.
+    # A mean of `exp(-gap) - 1 + gap`, which is at least 0 even after rounding.
     terms = jnp.exp(first) * (jnp.expm1(-gap) + gap)
     divergences = jnp.sum(jnp.where(is_possible, terms, jnp.exp(second)), axis=-1)
     return jnp.sum(jnp.where(weights != 0, weights * divergences, 0.0))
 
 
 def _log_probabilities(logits: Array, tokens: Array) -> Float[Array, "... m"]:
-    """Returns those of some tokens, and at last that of all others together."""
+    """Returns log probabilities of the tokens, and last of all others together."""
     logits = logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, tokens, axis=-1)
     others = jnp.put_along_axis(logits, tokens, -jnp.inf, axis=-1, inplace=False)

@@ -1,4 +1,4 @@
-"""Copies of pretrained parameters: which leaves have one, and where it is kept."""
+"""Copies of pretrained parameters for regularizers of the weights."""
 
 import dataclasses
 import difflib
@@ -14,10 +14,10 @@ from jaxtyping import Array
 
 from dtnh_jax import _trees
 
-# Prefixes of paths such as `head`, or a function that tells from a path.
+# Prefixes of paths such as `head`, or a function from a path to a bool.
 New = Sequence[str] | Callable[[str], bool]
 
-# The memories that have a name inside of compiled functions.
+# The memories that JAX can name inside compiled functions.
 _SPACES = {
     "device": jax.memory.Space.Device,
     "pinned_host": jax.memory.Space.Host,
@@ -27,7 +27,7 @@ _SPACES = {
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Keeping:
-    """Which parameters to copy, and where to: constants of a compiled program."""
+    """Options of the copies, which are constants of a compiled program."""
 
     new: tuple[str, ...] | Callable[[str], bool] | None
     dtype: Any
@@ -35,7 +35,7 @@ class Keeping:
 
     @classmethod
     def checked(cls, new: New | None, dtype: Any, memory_kind: str | None) -> "Keeping":
-        """Raises what `l2_sp` documents, as far as it can be told without a tree."""
+        """Checks the options; raises what `l2_sp` documents."""
         if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(
                 f"`dtype` must be a floating type such as jnp.bfloat16, got {dtype!r}."
@@ -48,13 +48,13 @@ def anchor(keeping: Keeping, params: optax.Params) -> optax.Params:
     """Copies the floating leaves that are not new, for an optimizer's state.
 
     Raises:
-      ValueError: if leaves are shapes without values, or as `copies` does.
+      ValueError: leaves are shapes without values; also as in `copies`.
     """
     for path, leaf in zip(_trees.names(params), _trees.flatten(params)[0]):
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise ValueError(
                 "`params` must have values for a self-anchored regularizer to copy, "
-                f"got the shape {leaf.shape} alone at '{path}': call `tx.init` with "
+                f"got only the shape {leaf.shape} at '{path}': call `tx.init` with "
                 "arrays, or `jax.eval_shape(tx.init, params)` for shapes."
             )
     is_fixed = [not _trees.is_trainable(leaf) for leaf in _trees.flatten(params)[0]]
@@ -76,20 +76,20 @@ def copies(tree: optax.Params, left_out: list[bool], keeping: Keeping) -> optax.
 def new_leaves(
     tree: optax.Params, new: New | None, name: str = "source_params"
 ) -> list[bool]:
-    """Tells of each leaf whether it is new: missing in the tree, or picked by `new`.
+    """Returns for each leaf whether it is new: missing in the tree, or among `new`.
 
     Raises:
-      ValueError: if `new`, or one of its prefixes, picks out no leaf.
+      ValueError: `new`, or one of its prefixes, selects no leaf.
     """
     missing = [_trees.is_missing(leaf) for leaf in _trees.flatten(tree)[0]]
     at = _trees.names(tree)
-    if new is None or not at:  # without a leaf: Optax's `tree.map_params` asks so
+    if new is None or not at:  # no leaf: the placeholder of `optax.tree.map_params`
         return missing
     if callable(new):
         picked = [bool(new(path)) for path in at]
         if not any(picked):
             raise ValueError(
-                f"`new` must pick out a leaf, got none among {', '.join(at[:8])} ..."
+                f"`new` must select a leaf, got none among {', '.join(at[:8])} ..."
             )
     else:
         prefixes = [prefix.rstrip("/") for prefix in new]
@@ -104,7 +104,7 @@ def new_leaves(
 
 
 def _checked_new(new: New | None) -> tuple[str, ...] | Callable[[str], bool] | None:
-    """Raises TypeError for a string, which would be taken for its letters."""
+    """Raises TypeError for a string, which would count as a sequence of letters."""
     if new is None or callable(new):
         return new
     if isinstance(new, str):
@@ -121,7 +121,7 @@ def _checked_new(new: New | None) -> tuple[str, ...] | Callable[[str], bool] | N
 
 
 def _is_under(path: str, prefix: str) -> bool:
-    """Whether a path is at a prefix or below it; `header` is not below `head`."""
+    """Returns whether a path is `prefix` or below it; `header` is not below `head`."""
     return path == prefix or path.startswith(f"{prefix}/")
 
 
@@ -134,11 +134,11 @@ def _near(prefix: str, at: list[str]) -> str:
 
 
 def _copy(leaf: Any, dtype: Any, memory_kind: str | None) -> Array:
-    """Copies an array, with the sharding that it has, to where it is to be kept.
+    """Copies an array to a memory, with the array's sharding.
 
     Raises:
-      ValueError: if its device has no memory of that kind, or if the array is traced
-        and JAX has no name for the memory.
+      ValueError: the device has no memory of that kind, or the array is traced and JAX
+        has no name for the memory.
     """
     if isinstance(leaf, Tracer):
         # A copy, so that the output of a compiled function is not its input again.
@@ -148,7 +148,7 @@ def _copy(leaf: Any, dtype: Any, memory_kind: str | None) -> Array:
             return kept
         if memory_kind not in _SPACES:
             raise ValueError(
-                f"`memory_kind` must be one of {sorted(_SPACES)} inside of a compiled "
+                f"`memory_kind` must be one of {sorted(_SPACES)} inside a compiled "
                 f"function, got {memory_kind!r}."
             )
         return jax.device_put(kept, _SPACES[memory_kind])
@@ -168,14 +168,14 @@ def _copy(leaf: Any, dtype: Any, memory_kind: str | None) -> Array:
 
 
 def _at_most(x: Array, dtype: Any) -> Array:
-    """Casts what is floating and larger; complex numbers and integers stay."""
+    """Casts floating arrays of a larger dtype; leaves complex and integer ones."""
     is_larger = x.dtype.itemsize > jnp.dtype(dtype).itemsize
     is_real = jnp.issubdtype(x.dtype, jnp.floating)
     return x.astype(dtype) if is_real and is_larger else x
 
 
 def to_device(x: Array | np.ndarray) -> Array:
-    """Copies an array from host memory to the device's, in its sharding."""
+    """Copies an array from host to device memory, with its sharding."""
     if not isinstance(x, jax.Array):  # an anchor from a checkpoint, in NumPy's memory
         return jnp.asarray(x)
     if isinstance(x, Tracer):

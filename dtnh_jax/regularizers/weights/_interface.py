@@ -10,21 +10,21 @@ from jaxtyping import Array, Float
 class WeightRegularizer(NamedTuple):
     """A function of the parameters alone, with its gradient in closed form.
 
-    Those of this package are pytrees, whose leaves are the arrays that they keep, such
-    as pretrained weights: a compiled function can have them as arguments, and is not
-    compiled again for another one of the same shapes.
+    The regularizers of this package are pytrees, whose leaves are the arrays that they
+    keep, such as pretrained weights. So a compiled function can take them as arguments,
+    and is not compiled again for other arrays of the same shapes.
 
     A regularizer without a source, such as `l2_sp()`, is self-anchored: `tx.init` of
     `add_regularizer` calls `anchor` with the parameters and keeps the result, and each
-    update gives it to `gradient`.
+    update passes it to `gradient`.
 
     Attributes:
       value: maps the parameters to a scalar in float32; if self-anchored, maps
         `(params, anchor)`.
       gradient: maps the same to a tree like the parameters, in their dtypes.
-      anchor: None, unless self-anchored. Maps the parameters to a copy of those to be
-        pulled back to: a tree of their structure, with `optax.MaskedNode()` in the
-        place of leaves that are new or not floating.
+      anchor: None, unless self-anchored. Maps the parameters to a copy that they are
+        pulled back to: a tree of the same structure, with `optax.MaskedNode()` for
+        leaves that are new or not floating.
     """
 
     value: Callable[..., Float[Array, ""]]
@@ -33,7 +33,7 @@ class WeightRegularizer(NamedTuple):
 
 
 def check_weight_regularizer(regularizer: Any) -> None:
-    """Raises TypeError for anything but a `WeightRegularizer`, with the cure."""
+    """Raises TypeError unless `regularizer` is a `WeightRegularizer`."""
     if not isinstance(regularizer, WeightRegularizer):
         raise TypeError(
             "`regularizer` must be a WeightRegularizer such as `regularizers.l2_sp()`, "

@@ -1,4 +1,4 @@
-"""Weight decay of the products of low-rank adapters, and not of their factors."""
+"""Weight decay of the products of low-rank adapters, instead of their factors."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -19,30 +19,31 @@ def lora_decay(
 ) -> WeightRegularizer:
     """Pulls an adapted network back to the pretrained one: `1/2 ||scale A B||_F^2`.
 
-    A low-rank adapter adds `scale * A B`, with `A` of shape `[..., in, rank]` and `B`
-    `[..., rank, out]`, to a frozen weight. For einsums qwix has `[*in, rank]` and
-    `[rank, *out]`, with several axes of inputs or outputs. This is `l2_sp` of the
-    adapted weights, and needs no copy of the pretrained ones. The penalty is summed
-    over all entries of all products, over leading axes too.
+    A low-rank adapter adds `scale * A B` to a frozen weight, with `A` of shape
+    `[..., in, rank]` and `B` of shape `[..., rank, out]`. qwix has `[*in, rank]` and
+    `[rank, *out]` for einsums with several axes of inputs or outputs. This penalty is
+    `l2_sp` of the adapted weights, without a copy of the pretrained ones. It is summed
+    over all entries of all products, leading axes included.
 
-    A product is never formed: `||A B||_F^2` is the inner product of `A^T A` and
-    `B B^T`, of the size of the rank. These are computed in float32.
+    No product is formed: `||A B||_F^2` is the inner product of `A^T A` and `B B^T`,
+    which have shape `[rank, rank]`. They are computed in float32.
 
     Args:
       a: name of the leaves `A`: the last component of their paths, or the end of it
         after an underscore, as in `kernel_lora_a` of qwix. An adapter is an `A` and a
         `B` whose paths are otherwise the same.
       b: name of the leaves `B`.
-      scale: what the network multiplies the products by, often called alpha / rank.
-        `nnx.LoRA` has 1, qwix `alpha / rank`.
+      scale: the network's factor of the products, often called alpha / rank. It is 1
+        for `nnx.LoRA`, whose names and shapes are the default, and `alpha / rank` for
+        qwix.
 
     Returns:
       A `WeightRegularizer`. Its gradient is `scale^2 A (B B^T)` for `A` and
       `scale^2 (A^T A) B` for `B`, and zero for all other leaves.
 
     Raises:
-      ValueError: if `a` and `b` are the same; on use, if the parameters have no
-        adapter, or one whose other half is missing or of another rank.
+      ValueError: `a` and `b` are the same; on use, the parameters have no adapter, or
+        an adapter's other factor is missing or has another rank.
 
     Example:
       >>> params = {"lora_a": jnp.array([[1.0], [2.0]]), "lora_b": jnp.array([[3.0]])}
@@ -97,7 +98,7 @@ def _gradient(adapters: _Adapters, params: optax.Params) -> optax.Updates:
 
 
 class _Pair(NamedTuple):
-    at_a: int  # which of the leaves `a` is
+    at_a: int  # index of the leaf `a`
     at_b: int
     a: Float[Array, "*batch inputs rank"] | Any  # in at least float32; or complex
     b: Float[Array, "*batch rank outputs"] | Any  # several axes in one where needed
@@ -107,7 +108,7 @@ def _pairs(params: optax.Params, adapters: _Adapters) -> list[_Pair]:
     """Finds pairs of leaves by their paths.
 
     Raises:
-      ValueError: if there is none, or one that does not match.
+      ValueError: there is no pair, or a pair does not match.
     """
     a, b = adapters.a, adapters.b
     paths, (leaves, _) = _trees.names(params), _trees.flatten(params)
@@ -159,10 +160,10 @@ def _gram_of_b(y: Array) -> Array:
 
 
 def _product(equation: str, x: Array, y: Array, like: Array | None = None) -> Array:
-    """Multiplies matrices in full precision, which accelerators do not by default.
+    """Multiplies matrices in full precision, which is not the default of accelerators.
 
-    On meshes whose axes are explicit, the result has the sharding of `like`; without
-    that, it is a small matrix that every device has.
+    On meshes with explicit axes, the result has the sharding of `like`; without `like`
+    it is a small matrix that every device has.
     """
     sharding = jax.typeof(x if like is None else like).sharding
     if not sharding.mesh.axis_names or not sharding.mesh.are_all_axes_explicit:

@@ -1,4 +1,4 @@
-"""Penalties of the weights: pulls to zero, or back to the pretrained ones."""
+"""Penalties of the weights: pulls to zero, or back to the pretrained weights."""
 
 from typing import Any, Literal
 
@@ -52,44 +52,43 @@ def l2_sp(
     """Pulls the parameters back to the pretrained ones: `1/2 ||params - source||^2`.
 
     The penalty is summed over all entries. New parameters, such as a new head, have no
-    pretrained value. Their penalty is, as the paper proposes,
-    `new_strength / 2 ||params||^2`. New are the leaves that `new` selects by their
-    path, and those that are `None` in `source_params`.
+    pretrained value; as in the paper, they get `new_strength / 2 ||params||^2`.
+    A leaf is new if `new` selects its path, or if it is `None` in `source_params`.
 
     Without `source_params` the regularizer is self-anchored: the source is a copy of
-    the parameters that `tx.init` gets, and the optimizer's state keeps it. So a
-    trainer that builds its optimizer before any parameters exist can have it.
+    the parameters that `tx.init` gets, and the optimizer's state keeps it. This suits
+    trainers that build their optimizer before any parameters exist.
 
-    A compiled function that closes over a regularizer with a source has the source in
-    its program, as a constant. That is slow to compile for large networks, and the
-    constant stays on the device, whatever `memory_kind` says. Pass the regularizer to
-    the function as an argument instead, as in the second example.
+    If a compiled function closes over a regularizer with a source, the source becomes a
+    constant of its program. That is slow to compile for large networks, and the
+    constant stays on the device, whatever `memory_kind` says. Instead pass the
+    regularizer to the function as an argument, as in the second example.
 
     Args:
       source_params: pretrained parameters, a tree like the parameters in training.
-        They are copied, so that donating or changing the originals is safe, and keep
-        their sharding. None: those that `tx.init` gets.
+        They are copied with their sharding, so the originals may be donated or changed.
+        None uses the parameters that `tx.init` gets.
       new: prefixes of the paths of new leaves, by whole components: `["head"]` selects
-        `head` and `head/kernel`, not `header/kernel`. Or a function that returns for
-        a path such as `"head/kernel"` whether the leaf is new.
-      new_strength: strength of the plain penalty on new leaves, relative to the
-        strength of the whole.
-      dtype: of the copy, where that is smaller than the leaf's own. With
-        `jnp.bfloat16` it takes half the memory of float32, and each weight is pulled
-        to a point up to `2**-8` of its size away from the pretrained one.
+        `head` and `head/kernel`, not `header/kernel`. Or a function that maps a path
+        such as `"head/kernel"` to whether the leaf is new.
+      new_strength: strength of the penalty on new leaves, relative to the strength of
+        the whole.
+      dtype: dtype of the copy, if it is smaller than the leaf's own. `jnp.bfloat16`
+        takes half the memory of float32 and moves the target of each weight by up to
+        `2**-8` of its size.
       memory_kind: the memory for the copy, such as `"pinned_host"`: then it takes no
-        memory of the device between steps, and every use copies it there once. Inside
-        compiled functions JAX knows `"device"` and `"pinned_host"` alone.
+        device memory between steps, and every use copies it to the device once. Inside
+        compiled functions JAX knows only `"device"` and `"pinned_host"`.
 
     Returns:
       A `WeightRegularizer`; its gradient, `params - source_params`, needs no autodiff.
 
     Raises:
-      TypeError: if `new` is a string.
-      ValueError: if `new_strength` is negative, `new` or one of its prefixes selects
-        no leaf, `dtype` is not floating, or the device has no such memory; on use, if
-        the parameters are no tree like `source_params`, or if it is self-anchored and
-        `value` or `gradient` gets no anchor.
+      TypeError: `new` is a string.
+      ValueError: `new_strength` is negative, `new` or one of its prefixes selects no
+        leaf, `dtype` is not floating, or the device has no such memory; on use, the
+        parameters are no tree like `source_params`, or the regularizer is self-anchored
+        and `value` or `gradient` gets no anchor.
 
     Example:
       >>> source = {"body": jnp.array([1.0, 2.0]), "head": jnp.zeros(1)}
@@ -130,29 +129,30 @@ def l1_sp(
     dtype: Any = None,
     memory_kind: str | None = None,
 ) -> WeightRegularizer:
-    """Keeps most parameters at the pretrained ones: `||params - source||_1`.
+    """Keeps most parameters at their pretrained values: `||params - source||_1`.
 
-    The penalty is the sum of the absolute displacements of all entries. New leaves
-    have, as in `l2_sp`, `new_strength / 2 ||params||^2`: a square, as in the paper.
+    The penalty is the sum of the absolute displacements of all entries. New leaves get
+    `new_strength / 2 ||params||^2`, as in `l2_sp`: a square, as in the paper.
 
-    The size of the pull does not depend on the distance. A step of plain descent that
-    is longer than the way back passes the source, by less than that step.
+    The pull does not depend on the distance. A step of plain descent that is longer
+    than the remaining distance overshoots the source, by less than the step.
 
     Args:
       source_params: as in `l2_sp`.
       new: as in `l2_sp`.
       new_strength: as in `l2_sp`.
-      dtype: as in `l2_sp`. The pull does not fade near its target, which for
-        `jnp.bfloat16` is a rounded copy of the pretrained weights.
+      dtype: as in `l2_sp`. The pull does not fade near its target, which
+        `jnp.bfloat16` rounds.
       memory_kind: as in `l2_sp`.
 
     Returns:
       A `WeightRegularizer`; its gradient is `sign(params - source_params)`, 0 where
-      they agree. For complex parameters, that is the displacement over its modulus.
+      they are equal. For complex parameters, that is the displacement divided by its
+      modulus.
 
     Raises:
-      TypeError: as `l2_sp`.
-      ValueError: as `l2_sp`.
+      TypeError: as in `l2_sp`.
+      ValueError: as in `l2_sp`.
 
     Example:
       >>> source = {"body": jnp.array([1.0, 2.0]), "head": jnp.zeros(1)}
@@ -166,7 +166,7 @@ def l1_sp(
     References:
       Li et al., 2018, section 3, "L1-SP", https://arxiv.org/abs/1802.01483
 
-    Differs from the authors' code, which leaves out biases and the parameters of
+    Differs from the authors' code, which excludes biases and the parameters of
     normalization.
     """
     keeping = _anchors.Keeping.checked(new, dtype, memory_kind)
@@ -186,15 +186,15 @@ def l2_sp_fisher(
 
     The penalty is `1/2 sum_j F_j (params_j - source_j)^2`, where `F` is the diagonal of
     the Fisher information of the pretrained network, see `diagonal_fisher`. New leaves
-    have, as in `l2_sp`, `new_strength / 2 ||params||^2`.
+    get `new_strength / 2 ||params||^2`, as in `l2_sp`.
 
-    `F` has the size of a squared gradient of one example, often far below 1. So the
-    strength, and with it `new_strength`, differs from that of `l2_sp`.
+    `F` has the size of one example's squared gradient, often far below 1. So strength
+    and `new_strength` differ from those of `l2_sp`.
 
     Args:
       source_params: as in `l2_sp`.
-      fisher: a tree like the parameters, of numbers at least 0. Must be given, by name
-        if `source_params` is not. Leaves that are new may be `None`, and are ignored.
+      fisher: a tree like the parameters, of numbers at least 0. Required; without
+        `source_params`, pass it by name. New leaves are ignored and may be `None`.
       new: as in `l2_sp`.
       new_strength: as in `l2_sp`.
       dtype: as in `l2_sp`, for both trees. Float16 would lose entries of `F` below
@@ -205,10 +205,10 @@ def l2_sp_fisher(
       A `WeightRegularizer`; its gradient is `F * (params - source_params)`.
 
     Raises:
-      TypeError: as `l2_sp`.
-      ValueError: as `l2_sp`; if `fisher` is not given, is no tree like the parameters,
-        is missing where a leaf is not new, or has entries that are complex, negative
-        or not finite.
+      TypeError: as in `l2_sp`.
+      ValueError: as in `l2_sp`; `fisher` is not given, is no tree like the parameters,
+        lacks a leaf that is not new, or has entries that are complex, negative or not
+        finite.
 
     Example:
       >>> source, fisher = {"w": jnp.array([1.0, 1.0])}, {"w": jnp.array([4.0, 0.0])}
@@ -220,8 +220,8 @@ def l2_sp_fisher(
       Li et al., 2018, section 3, "L2-SP-Fisher", https://arxiv.org/abs/1802.01483;
       Kirkpatrick et al., 2017, equation 3, https://arxiv.org/abs/1612.00796
 
-    Differs from the authors' code, which leaves out biases and the parameters of
-    normalization, and can add a constant to `F` or clip it: do so to the tree.
+    Differs from the authors' code, which excludes biases and the parameters of
+    normalization, and can add a constant to `F` or clip it: do that to the tree.
     """
     if fisher is None:
         raise ValueError(
@@ -269,14 +269,14 @@ def _pull_back(
 
 
 def _check_fisher(fisher: optax.Params, is_new: list[bool]) -> None:
-    """Raises what `l2_sp_fisher` documents, unless values are traced."""
+    """Checks `fisher` unless it is traced; raises what `l2_sp_fisher` documents."""
     paths, (leaves, _) = _trees.names(fisher), _trees.flatten(fisher)
     for path, leaf, skip in zip(paths, leaves, is_new):
         if skip:
             continue
         if _trees.is_missing(leaf):
             raise ValueError(
-                "`fisher` must have an array wherever a leaf is not new, got "
+                "`fisher` must have an array for every leaf that is not new, got "
                 f"{leaf} at '{path}'."
             )
         if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):

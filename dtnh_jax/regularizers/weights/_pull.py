@@ -1,7 +1,7 @@
-"""The pull towards pretrained parameters, as functions that JAX can have as arguments.
+"""The pull towards pretrained parameters, as functions that are pytrees.
 
-A `Partial` of a function of this file has arrays for its leaves, and a `Pull` in its
-tree definition: two of them with equal shapes share one compiled program.
+A `Partial` of a function of this file has arrays as leaves and a `Pull` in its tree
+definition: two of them with equal shapes share one compiled program.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ from dtnh_jax.regularizers.weights import _anchors
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Pull:
-    """How entries are penalized: constants of a compiled program."""
+    """The norm and the strength: constants of a compiled program."""
 
     norm: Literal["l1", "l2"]  # of displacements
-    new_strength: float  # of half the squares of new leaves
+    new_strength: float  # factor of half the squares of new leaves
 
 
 def value(
@@ -32,7 +32,7 @@ def value(
     anchor: optax.Params,
     params: optax.Params,
 ) -> Float[Array, ""]:
-    """Returns the penalty of all displacements, and of new leaves."""
+    """Returns the penalty of all displacements and new leaves."""
     total = jnp.zeros([], jnp.float32)
     for param, source, weight in _columns(fisher, anchor, params):
         if not _trees.is_trainable(param):
@@ -80,7 +80,7 @@ def anchored_value(
     params: optax.Params,
     anchor: optax.Params | None = None,
 ) -> Float[Array, ""]:
-    """Like `value`, with the anchor that an optimizer's state keeps."""
+    """Returns `value` with the anchor from an optimizer's state."""
     return value(pull, fisher, _checked(anchor), params)
 
 
@@ -90,12 +90,12 @@ def anchored_gradient(
     params: optax.Params,
     anchor: optax.Params | None = None,
 ) -> optax.Updates:
-    """Like `gradient`, with the anchor that an optimizer's state keeps."""
+    """Returns `gradient` with the anchor from an optimizer's state."""
     return gradient(pull, fisher, _checked(anchor), params)
 
 
 def half_square(x: Array, weight: Array | None = None) -> Array:
-    """Returns half the sum of squares, each times its weight if there are any."""
+    """Returns half the sum of squares, weighted if there are weights."""
     squares = jnp.square(jnp.abs(x))
     if weight is not None:
         squares = weight.astype(squares.dtype) * squares
@@ -115,7 +115,7 @@ def _columns(fisher, anchor, params):
             weight = _trees.as_float32(_anchors.to_device(weight))
         elif _trees.is_trainable(param) and not _trees.is_missing(source):
             raise ValueError(
-                "`fisher` must have an array wherever a leaf is not new, got "
+                "`fisher` must have an array for every leaf that is not new, got "
                 f"{weight} at '{_trees.names(params)[i]}'."
             )
         columns.append((param, source, weight))
@@ -127,7 +127,7 @@ def _displacement(param: Array | np.ndarray, source: Array | np.ndarray) -> Arra
 
 
 def _sum_of_moduli(x: Array) -> Array:
-    """Sums `|x|`, with derivative 0 at 0: that of `jnp.abs` is 1 there."""
+    """Sums `|x|`, with the derivative 0 at 0, where `jnp.abs` has 1."""
     direction = jax.lax.stop_gradient(jnp.conj(jnp.sign(x)))
     return jnp.sum(jnp.real(direction * x))
 
@@ -135,8 +135,8 @@ def _sum_of_moduli(x: Array) -> Array:
 def _checked(anchor: optax.Params | None) -> optax.Params:
     if anchor is None:
         raise ValueError(
-            "`anchor` must be given, since this regularizer is self-anchored: it was "
-            "made without `source_params`. Add it with `add_regularizer` and call "
-            "`tx.init(params)`, or make it with the pretrained parameters as source."
+            "`anchor` must be given, because this regularizer is self-anchored: it has "
+            "no `source_params`. Add it with `add_regularizer` and call "
+            "`tx.init(params)`, or give it the pretrained parameters as source."
         )
     return anchor

@@ -1,4 +1,4 @@
-"""Which rows each group of the table has."""
+"""The rows of each group of the table."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -17,15 +17,14 @@ from dtnh_jax.studies.benchmarks.config import Config
 from dtnh_jax.studies.benchmarks.networks import Network
 from dtnh_jax.studies.benchmarks.rows import Row
 
-# What is measured, in a few words, and the function that does it.
+# A short title, and the function that measures.
 Part = tuple[str, Callable[[], list[Row]]]
 
 
 def parts(config: Config) -> Iterator[Part]:
-    """What there is to do, one after the other.
+    """Yields the parts to measure.
 
-    Programs are kept from one part to the next, since what takes time in a short run
-    is to compile them.
+    Parts share compiled programs, because compilation takes most of a short run.
     """
     compiled = contests.Compiled()
 
@@ -69,6 +68,14 @@ def parts(config: Config) -> Iterator[Part]:
             config.compile_rounds,
         )
 
+    def language_model() -> list[Row]:
+        # Here, because it needs packages of its own.
+        from dtnh_jax.studies.benchmarks import language
+
+        model = config.language_model
+        texts = config.language_target, config.language_kept
+        return language.measure(model, *texts, config.language_tokens, config.rounds)
+
     def all_of(group: str) -> list[Callable[[], list[Row]]]:
         if group == "transformation":
             return [lambda: transformation.measure(config.sizes, config.rounds)]
@@ -98,6 +105,8 @@ def parts(config: Config) -> Iterator[Part]:
                     config.mlp_widths, config.mlp_batch_sizes, strict=True
                 )
             ]
+        if group == "language":
+            return [language_model]
         return [
             lambda names=names: regularized(names)
             for names in regularizers.contests(config.methods)

@@ -5,7 +5,7 @@ import itertools
 import json
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -21,22 +21,22 @@ from dtnh_jax.studies.trust.training import Data, make_trainer, train
 
 
 class Cell(NamedTuple):
-    """What one file of results is about."""
+    """The setting of one file of results."""
 
     pair: str
     optimizer: str
-    regularizer: str | None  # None for what is done without one
+    regularizer: str | None  # None for the methods that use none
 
     @property
     def file(self) -> str:
-        """Its name."""
+        """The name of the cell's file."""
         name = "-".join([*self[:2], self.regularizer or "alone"])
         kept = [c if c.isalnum() or c in "-_" else " " for c in name]
         return "_".join("".join(kept).split()) + ".json"
 
 
 class Setting(NamedTuple):
-    """What all methods of a pair share."""
+    """Networks, data and measures that all methods of a pair share."""
 
     source: Any
     starts: Any  # variables [S ...]
@@ -48,7 +48,7 @@ class Setting(NamedTuple):
 
 @functools.lru_cache(maxsize=1)
 def setting(name: str, seeds: tuple[int, ...], data_dir: pathlib.Path) -> Setting:
-    """Reads and makes what a pair needs.
+    """Reads or creates the source, the data and the measures of a pair.
 
     Raises:
       ValueError: images can not be read.
@@ -100,20 +100,22 @@ def run(
     seeds: tuple[int, ...],
     data_dir: pathlib.Path,
     known: dict[str, Any] | None = None,
+    wanted: Collection[str] = (),
 ) -> dict[str, Any]:
     """Trains all networks of a cell.
 
     Args:
-      cell: what is trained.
-      seeds: of training sets, heads, orders and folds.
-      data_dir: where sources are kept.
+      cell: pair, optimizer and regularizer.
+      seeds: seeds of training sets, heads, orders and folds.
+      data_dir: folder of the sources.
       known: an earlier result, whose methods are not trained again.
+      wanted: methods, or none for all.
 
     Returns:
-      By method: `values`; each axis `[V][S]`; `right`, of held-out examples
-      `[V][S][folds]`, which are classified as their label, in the order of their rows,
-      as a string of 0 and 1. Of those that race, also `smooth` and `probability`, what
-      other judges say of the same examples, in thousandths.
+      By method: `values`; each axis `[V][S]`; `right` `[V][S][folds]`, a string with 1
+      for every held-out example that is classified as its label and 0 for the others,
+      in the order of rows. Methods that train all folds also have `smooth` and
+      `probability`, other scores of the same examples, in thousandths.
     """
     place, start = setting(cell.pair, seeds, data_dir), time.monotonic()
     known = known or {"methods": {}, "seconds": 0.0}
@@ -125,10 +127,9 @@ def run(
         ways = METHODS["wise-ft"].values
         back = [_towards(states[-1], place.source, way) for way in ways]
         found["wise-ft"] = _joined(ways, [_judge(place, s, [0.0]) for s in back])
-    for name, method in METHODS.items():
-        if name in found or method.is_alone != (cell.regularizer is None):
-            continue
-        found[name], _ = _run_method(cell, place, name, list(method.values))
+    for name in missing(cell, {"methods": found}, wanted):
+        values = list(METHODS[name].values)
+        found[name], _ = _run_method(cell, place, name, values)
     return {
         **cell._asdict(),
         "seeds": list(seeds),
@@ -175,7 +176,7 @@ def _run_method(cell, place, name, values):
 
 
 def _judge(place: Setting, variables: Any, values: list[float]) -> dict[str, Any]:
-    """What networks `[S F V ...]` come to."""
+    """Returns the axes and the held-out scores of networks `[S F V ...]`."""
     seeds, folds = jax.tree.leaves(variables)[0].shape[:2]
     judged: dict[str, Any] = {"right": []}
     if folds > 2:
@@ -222,14 +223,14 @@ _JUDGES = {"right": _right, "smooth": _smooth, "probability": _probability}
 
 
 def _joined(values: tuple[float, ...], found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Puts what each value came to, one by one, together."""
+    """Joins the results of single values to one result with a row for each value."""
     names = [name for name in found[0] if name != "values"]
     joined = {name: [each[name][0] for each in found] for name in names}
     return {"values": list(values), **joined}
 
 
 def _towards(variables: Any, source: Any, way: float) -> Any:
-    """All but the head, a part of the way back to the source; statistics too."""
+    """Interpolates parameters and statistics, except the head, towards the source."""
 
     def mixed(x, s):
         return (1 - way) * x + way * np.asarray(s)
@@ -239,16 +240,25 @@ def _towards(variables: Any, source: Any, way: float) -> Any:
     return found
 
 
-def missing(cell: Cell, found: dict[str, Any]) -> list[str]:
-    """Returns the methods of a cell that a result does not have."""
+def missing(
+    cell: Cell, found: dict[str, Any], wanted: Collection[str] = ()
+) -> list[str]:
+    """Returns the methods of a cell that a result does not have.
+
+    Args:
+      cell: what they belong to.
+      found: the result.
+      wanted: methods, or none for all. What comes with plain fine-tuning is always.
+    """
     return [
         name
         for name, method in METHODS.items()
         if method.is_alone == (cell.regularizer is None)
         and name not in found["methods"]
+        and (not wanted or name in wanted or name in ("early", "wise-ft"))
     ]
 
 
 def read(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """All results in a folder."""
+    """Reads all results in a folder."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]

@@ -1,14 +1,15 @@
-"""What each method comes to when its own number is chosen as its users would."""
+"""Results of each method, with its hyperparameter chosen as its users would."""
 
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from dtnh_jax._choose_trust import LEVELS, race
+from dtnh_jax._choose_trust import race
 from dtnh_jax.studies.trust.measure import AXES
 
-Found = dict[str, Any]  # of a method: `values`, axes `[V][S]`, `right` `[V][S][folds]`
+# A method's result: `values`, axes `[V][S]`, `right` `[V][S][folds]`.
+Found = dict[str, Any]
 # Trainings that a rival costs beside those of its values: on all examples at the end.
 _FREE = ("wise-ft", "early")  # one training has all values
 
@@ -16,20 +17,21 @@ _FREE = ("wise-ft", "early")  # one training has all values
 class Race(NamedTuple):
     """How `never_hurt`, or a variant of it, chooses its trust."""
 
-    levels: tuple[float, ...] = LEVELS
     judge: str = "smooth"  # which of a cell's scores
+    # Whether trust must be clearly better than none, or just better.
+    is_clear: bool = True
 
 
 RACED = {
     "trust": Race(),
-    "trust-more-levels": Race((0.0, 0.1, 1.0, 3.0)),
+    "trust-by-any-lead": Race(is_clear=False),
     "trust-by-accuracy": Race(judge="right"),
     "trust-by-probability": Race(judge="probability"),
 }
 
 
 class Outcome(NamedTuple):
-    """What a method comes to, by seed."""
+    """A method's results, by seed."""
 
     axes: dict[str, Float[np.ndarray, " S"]]
     values: list[float]
@@ -39,14 +41,15 @@ class Outcome(NamedTuple):
 def outcome_of(name: str, plain: Found, found: Found) -> Outcome:
     """Chooses the number of a method for each seed.
 
-    Trust is raced over the folds. All others take what does best on the first fold,
-    plain fine-tuning among it, and of equal ones the first: a quarter of the training
-    examples is held out, as most users would. Then all of them train on all examples.
+    Trust is raced over the folds. Every other method takes the value with the highest
+    accuracy on the first fold, a held-out quarter of the training examples, as most
+    users would; plain fine-tuning is a candidate too, and ties go to the first. Then
+    every method trains on all examples.
 
     Args:
-      name: of the method.
-      plain: what plain fine-tuning comes to.
-      found: what the method does, by value.
+      name: name of the method.
+      plain: results of plain fine-tuning.
+      found: results of the method, by value.
     """
     seeds = len(plain["target"][0])
     rows = [_chosen(name, plain, found, seed) for seed in range(seeds)]
@@ -61,8 +64,8 @@ def outcome_of(name: str, plain: Found, found: Found) -> Outcome:
 
 
 def _chosen(name: str, plain: Found, found: Found, seed: int) -> tuple[int, int]:
-    """The row of a value, from 1, or 0 for plain; and the trainings until then."""
-    if not found["right"][0][0]:  # nothing to choose, and a second gradient a step
+    """Returns the row of a value (from 1; 0 is plain) and the number of trainings."""
+    if not found["right"][0][0]:  # one value, but a second gradient in every step
         return 1, 1
     judge = RACED[name].judge if name in RACED else "right"
     scores = [_numbers(plain[judge][0][seed])]
@@ -73,9 +76,10 @@ def _chosen(name: str, plain: Found, found: Found, seed: int) -> tuple[int, int]
         def score(value, fold):
             return scores[values.index(value)][fold]
 
-        raced = sorted(x for x in values if x in RACED[name].levels)
-        choice = race(score, raced, len(scores[0]))
-        return values.index(choice.trust), choice.trainings
+        alive, by_level = race(score, values, len(scores[0]))
+        is_out = RACED[name].is_clear and 0.0 in alive
+        best = 0.0 if is_out else alive[0]
+        return values.index(best), sum(map(len, by_level.values()))
     totals = [each[0].sum() for each in scores]
     return int(np.argmax(totals)), 1 if name in _FREE else len(scores)
 
@@ -85,6 +89,6 @@ def _numbers(folds: list[Any]) -> list[Float[np.ndarray, " n"]]:
 
 
 def best_in_hindsight(plain: Found, found: Found) -> float:
-    """The most that any single strength gains on the target's test images, or 0."""
+    """Returns the largest gain of any strength on the target's test images, or 0."""
     gains = np.array(found["target"]) - np.array(plain["target"])
     return max(float(gains.mean(axis=1).max()), 0.0)

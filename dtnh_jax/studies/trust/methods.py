@@ -1,9 +1,10 @@
-"""What becomes of the loss gradient and the regularizer's: one builder a method.
+"""A builder for each method: combines the gradients of loss and regularizer.
 
-A builder takes the optimizer, whose learning rate is 1, the value of the method's own
-number, which may be traced, and the source's parameters; it returns a transformation of
-a `GradientPair` that knows its parameters. What it returns is multiplied by the
-learning rate, so a regularizer that is added beside the optimizer is too, as in AdamW.
+A builder takes the optimizer, whose learning rate is 1, the value of the method's
+hyperparameter, which may be traced, and the source's parameters. It returns a
+transformation of a `GradientPair` that needs `params`. Its updates are multiplied by
+the learning rate, and so is a regularizer that is added after the optimizer, as in
+AdamW.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "sgd": lambda: optax.sgd(1.0, momentum=0.9),
     "adamw": lambda: optax.adamw(1.0, weight_decay=0.0),
 }
-# Large enough that the bound alone decides, whatever the regularizer.
+# Large enough that only the bound matters, whatever the regularizer.
 UNBOUNDED = 1e4
 Number = Float[Array, ""] | float
 Builder = Callable[
@@ -29,7 +30,7 @@ Builder = Callable[
 
 
 def alone(optimizer, value, source, rate):
-    """The loss alone."""
+    """Uses the loss alone."""
     del value, source, rate
 
     def update(updates, state, params=None):
@@ -50,13 +51,13 @@ def in_front(rule: rules.Rule, **options: Any) -> Builder:
 
 
 def trust(optimizer, value, source, rate):
-    """`never_hurt` at a level of trust."""
+    """Applies `never_hurt` at a level of trust."""
     del source, rate
     return optax.chain(never_hurt(UNBOUNDED, trust=value), optimizer)
 
 
 def one_pass(optimizer, value, source, rate):
-    """`never_hurt` with a trust that is learned on the way."""
+    """Applies `never_hurt` with a trust that it learns in training."""
     del value, source, rate
     return optax.chain(never_hurt(UNBOUNDED), optimizer)
 
@@ -100,7 +101,7 @@ def metabalance(optimizer, value, source, rate, strength=100.0, decay=0.9):
 
 
 def pcd(optimizer, value, source, rate, decay=0.999):
-    """The nearest direction to the loss's that makes `value` of the other's progress.
+    """Takes the direction nearest to the loss's with `value` of the other's progress.
 
     Gradients are normalized by moving averages of their norms, and the direction has
     the length of the loss gradient.
@@ -135,13 +136,13 @@ def pcd(optimizer, value, source, rate, decay=0.999):
 
 
 def beside(optimizer, value, source, rate):
-    """Cautious decay: the regularizer where the optimizer's step agrees."""
+    """Cautious decay: adds the regularizer where the optimizer's step agrees."""
     del source, rate
     return cautious(optimizer, value)
 
 
 def spd(optimizer, value, source, rate):
-    """Selective projection decay towards the source, leaf by leaf; not of a new head.
+    """Selective projection decay towards the source, leaf by leaf, except a new head.
 
     References:
       Tian et al., 2024, https://arxiv.org/abs/2411.01713
@@ -168,8 +169,8 @@ def spd(optimizer, value, source, rate):
 def ftp(optimizer, value, source, rate, step_size=0.01):
     """Fast trainable projection: a radius around the source for each output channel.
 
-    Radii are in the norm of maximum absolute row sums, and learned by Adam from the
-    next batch's gradient; the value is the factor of those that shrink a radius.
+    Radii use the norm of maximum absolute row sums. Adam learns them from the next
+    batch's gradient; the value multiplies the gradients that shrink a radius.
 
     References:
       Tian et al., 2023, https://arxiv.org/abs/2310.19182
@@ -216,7 +217,7 @@ def ftp(optimizer, value, source, rate, step_size=0.01):
 
 
 def _but_head(function, otherwise, *trees):
-    """Maps over all but a new head, which has no source to go back to."""
+    """Maps over all leaves except the new head, which has no pretrained values."""
     found = {
         name: jax.tree.map(function, *(tree[name] for tree in trees))
         for name in otherwise

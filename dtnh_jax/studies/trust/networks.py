@@ -1,4 +1,4 @@
-"""Two networks so small that a training image costs a fraction of a millisecond."""
+"""Two networks that train on an image in a fraction of a millisecond."""
 
 from functools import partial
 from typing import Any
@@ -108,7 +108,7 @@ class ResNet8(nn.Module):
 
 
 def _norm(train: bool) -> Any:
-    # The average of ten steps: a fine-tuning of 150 has to arrive at its own.
+    # An average over about ten steps, because fine-tuning has only 150.
     return partial(nn.BatchNorm, use_running_average=not train, momentum=0.9)
 
 

@@ -1,4 +1,4 @@
-"""No harm, shown: one-sided tests with a margin that was fixed beforehand."""
+"""One-sided tests for harm, with margins that were fixed beforehand."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ CONFIDENCE = 0.95
 
 
 class Bound(NamedTuple):
-    """A mean difference, and how low it may be."""
+    """A mean difference and its lower confidence bound."""
 
     mean: float
     low: float  # one-sided, of a t-test over seeds
@@ -19,7 +19,7 @@ class Bound(NamedTuple):
 
     @property
     def is_shown(self) -> bool:
-        """Whether more than the margin can be ruled out."""
+        """Whether a loss of more than the margin is ruled out."""
         return bool(self.low > -self.margin)
 
 
@@ -27,8 +27,8 @@ def bound(differences: Float[np.ndarray, " seeds"], margin: float) -> Bound:
     """Returns the mean of paired differences and its lower confidence bound.
 
     Args:
-      differences: of accuracies to those of plain fine-tuning, one for each seed.
-      margin: the most that would not matter.
+      differences: accuracy minus that of plain fine-tuning, in points, for each seed.
+      margin: the largest loss that would not matter, in points.
     """
     mean, count = float(np.mean(differences)), len(differences)
     error = float(np.std(differences, ddof=1)) / np.sqrt(count)

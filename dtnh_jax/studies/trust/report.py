@@ -1,4 +1,4 @@
-"""From `summary` to tables and pictures."""
+"""Writes the tables and pictures of a `summary`."""
 
 import pathlib
 from typing import Any
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from dtnh_jax.studies.trust.noninferiority import ALL_MARGIN, PAIR_MARGIN
 from dtnh_jax.studies.trust.summary import HELP
 
-# Methods as tables and pictures call them, in their order.
+# Names of methods in tables and pictures, in order.
 TITLES = {
     "trust": "never_hurt",
     "one-pass": "never_hurt in one pass",
@@ -26,13 +26,13 @@ TITLES = {
     "wise-ft": "WiSE-FT, point tuned",
     "early": "early stopping",
 }
-# What `never_hurt` is without one of its parts.
+# Variants of `never_hurt` that lack one of its parts.
 INGREDIENTS = {
-    "trust": "never_hurt: trust 1 or 0, smooth accuracy, a race over four folds",
-    "trust-more-levels": "with levels 0.1 and 3 as well",
+    "trust": "never_hurt: trust 1 if it is clearly better by smooth accuracy, else 0",
+    "trust-by-any-lead": "trust 1 if it is better, clearly or not",
     "trust-by-accuracy": "judged by plain accuracy",
     "trust-by-probability": "judged by the probability of the label",
-    "trust-one-fold": "levels 0.1, 1 and 3 by plain accuracy on one fold, as rivals",
+    "trust-one-fold": "trust 1 if it is better by plain accuracy on one fold",
     "sum": "the sum, its strength by plain accuracy on one fold",
 }
 _OURS, _SUM, _OTHERS = "#c2410c", "#1d4ed8", "#64748b"
@@ -52,18 +52,19 @@ def tables(found: dict[str, Any]) -> str:
     parts = [
         "# Help and harm",
         _markdown(_main(methods, TITLES)),
-        "Differences from plain fine-tuning in percentage points (KL: nats an image), "
-        f"means over cells. Help kept: of what the best strength in hindsight gains, "
-        f"summed over the cells where that is at least {HELP:g} points; elsewhere: the "
-        "mean over the other cells.",
-        "## What its parts do",
+        "Differences from plain fine-tuning in percentage points (KL: nats per image), "
+        "means over cells. Help kept: a method's share of the gain of the best "
+        "strength in hindsight, over the cells where that gain is at least "
+        f"{HELP:g} points. "
+        "Elsewhere: the mean over the other cells.",
+        "## Variants of never_hurt",
         _markdown(_main(parts, INGREDIENTS)),
-        "## Is it harmless?",
+        "## Tests for harm",
         _markdown(harm),
-        "Mean difference in target accuracy, and in brackets the lower end of its "
-        "one-sided 95% interval over seeds; in bold where that rules out a loss of "
-        f"more than the margin: {ALL_MARGIN:g} points over all pairs, {PAIR_MARGIN:g} "
-        "points for a pair.",
+        "Mean difference in target accuracy, with the lower end of its one-sided 95% "
+        "interval over seeds in brackets. Bold rules out a loss of more than the "
+        f"margin: {ALL_MARGIN:g} points over all pairs, {PAIR_MARGIN:g} points for a "
+        "pair.",
         "## Every cell",
         _markdown(_cells(found, list(methods))),
     ]
@@ -71,7 +72,7 @@ def tables(found: dict[str, Any]) -> str:
 
 
 def _main(methods: dict[str, Any], titles: dict[str, str]) -> list[list[str]]:
-    """A row for each method, in the order of their titles."""
+    """Returns a row for each method, in the order of their titles."""
     rows = [
         [
             "method",
@@ -131,7 +132,7 @@ def _markdown(rows: list[list[str]]) -> str:
 
 
 def help_and_harm(found: dict[str, Any]) -> Figure:
-    """Help kept, against what is lost where there is none: a point for each method."""
+    """Plots help kept against the change in cells without help, a point per method."""
     figure = Figure((7.5, 5), layout="constrained")
     plot = figure.subplots()
     for name, row in found["methods"].items():
@@ -163,7 +164,7 @@ def _point(plot: Plot, name: str, x: float, y: float) -> None:
 
 
 def sweep(found: dict[str, Any], helpful: int, harmful: int) -> Figure:
-    """The sum at every strength and `never_hurt`, for two cells side by side."""
+    """Plots the sum at every strength and `never_hurt`, for two cells side by side."""
     figure = Figure((9, 3.8), layout="constrained")
     for plot, number in zip(figure.subplots(1, 2), (helpful, harmful)):
         cell = found["cells"][number]
@@ -187,7 +188,7 @@ def sweep(found: dict[str, Any], helpful: int, harmful: int) -> Figure:
 
 
 def pareto(found: dict[str, Any]) -> Figure:
-    """The target's accuracy against accuracy under shift and on the source's task."""
+    """Plots target accuracy against that under shift and on the source's task."""
     figure = Figure((10.5, 4.4), layout="constrained")
     names = {
         "shift": "Test images under shift (points)",

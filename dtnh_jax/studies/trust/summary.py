@@ -1,4 +1,4 @@
-"""From the results of all cells to what `results.json` holds."""
+"""Summarizes the results of all cells: the content of `results.json`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,20 +9,20 @@ from dtnh_jax.studies.trust import noninferiority
 from dtnh_jax.studies.trust.choice import RACED, best_in_hindsight, outcome_of
 from dtnh_jax.studies.trust.measure import AXES
 
-HELP = 2.0  # points that the best strength must gain for a cell to count as one of help
+HELP = 2.0  # gain of the best strength, in points, from which a cell counts as helpful
 
 
 def summarize(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Returns the cells with their differences, and a row for every method.
 
     Args:
-      results: of cells, with those that have no regularizer among them.
+      results: results of cells, including those without a regularizer.
 
     Returns:
-      `cells`: of each pair, optimizer and regularizer what the best strength gains and
-      what every method does; differences to plain fine-tuning by seed, in points.
-      `methods`: of each method the share of that help that it keeps; its mean and
-      lowest difference in the cells without; whether it is shown to do no harm.
+      `cells`: for each pair, optimizer and regularizer, the gain of the best strength
+      and the result of every method, as differences from plain fine-tuning by seed, in
+      points. `methods`: for each method, the share of the help that it keeps; its mean
+      and lowest difference in the cells without help; and the tests for harm.
     """
     alone = {
         (each["pair"], each["optimizer"]): each["methods"]
@@ -69,7 +69,7 @@ def summarize(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _row(cells: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    """What a method comes to over all cells."""
+    """Summarizes a method over all cells."""
     cells = [cell for cell in cells if name in cell["methods"]]
 
     def means(axis: str, chosen: list[dict[str, Any]]) -> list[float]:
@@ -82,7 +82,7 @@ def _row(cells: list[dict[str, Any]], name: str) -> dict[str, Any]:
         ours = [c["methods"][name]["target"] for c in cells if c["pair"] == pair]
         tested = noninferiority.bound(np.mean(ours, axis=0), noninferiority.PAIR_MARGIN)
         pairs[pair] = {**tested._asdict(), "is_shown": tested.is_shown}
-    # Every pair's seeds are other draws: pool them, pair by pair.
+    # Every pair has other seeds, so pool them pair by pair.
     pooled = np.concatenate(
         [
             np.mean(

@@ -1,4 +1,4 @@
-"""Sources that are pretrained here, and what they are fine-tuned on."""
+"""Pretrains the sources, and draws the target tasks."""
 
 import functools
 import math
@@ -23,14 +23,14 @@ TEST_IMAGES, UNSEEN_IMAGES = 1000, 1000
 
 
 class Task(NamedTuple):
-    """A target of one seed."""
+    """The training set of one seed, with its folds."""
 
     train: Images
     folds: list[np.ndarray]  # rows of the training set that each fold holds out
 
 
 def random_variables(network: nn.Module, seed: int) -> Any:
-    """Random variables: LeCun normal kernels, and constants.
+    """Returns random variables: LeCun normal kernels; constants elsewhere.
 
     All normal numbers come from one draw, because a CPU spends seconds on compiling a
     draw for each shape.
@@ -59,12 +59,12 @@ def _noise(leaves: dict[Any, Any], seed: int) -> dict[Any, np.ndarray]:
 
 
 def load_source(name: str, kind: str, data_dir: pathlib.Path) -> Any:
-    """Reads a source, or trains it the first time and keeps it.
+    """Reads a source; the first time, trains and saves it.
 
     Args:
       name: one of `SOURCES`.
       kind: one of `NETWORKS`.
-      data_dir: where sources are kept.
+      data_dir: folder of the sources.
     """
     path = data_dir / "study" / f"{kind}-{name}-{_SOURCE_STEPS}.msgpack"
     if not path.exists():
@@ -72,12 +72,12 @@ def load_source(name: str, kind: str, data_dir: pathlib.Path) -> Any:
         _files.make_folder(path.parent)
         content = serialization.msgpack_serialize(jax.device_get(variables))
         _files.replace(path, content)
-    # Read back even if it was just written, so that a second run has the same.
+    # Read even if it was just written, so that a second run gets the same arrays.
     return serialization.msgpack_restore(path.read_bytes())
 
 
 def source_images(name: str, data_dir: pathlib.Path) -> tuple[Images, Images]:
-    """What a source is trained on, and the tenth that it never sees."""
+    """Returns a source's training images and its held-out tenth."""
     source = SOURCES[name]
     images = load_images(source.images, data_dir)
     rng = np.random.default_rng(0)
@@ -89,7 +89,7 @@ def source_images(name: str, data_dir: pathlib.Path) -> tuple[Images, Images]:
 
 
 def _pretrained(name: str, network: nn.Module, data_dir: pathlib.Path) -> Any:
-    """SGD with momentum 0.9, batches of 64; the rate falls from 0.05 to 0."""
+    """Trains by SGD with momentum 0.9, batches of 64; the rate falls from 0.05 to 0."""
     train, _ = source_images(name, data_dir)
     variables, steps, rate = random_variables(network, 0), _SOURCE_STEPS, 0.05
     if SOURCES[name].is_shuffled:
@@ -135,7 +135,7 @@ def _pretrained(name: str, network: nn.Module, data_dir: pathlib.Path) -> Any:
 def batches(
     examples: int, steps: int, batch_size: int, seed: int | list[int]
 ) -> np.ndarray:
-    """Rows of every batch; shuffled anew each epoch, on over the end of an epoch."""
+    """Returns the rows of every batch, shuffled each epoch; a batch may span two."""
     rng = np.random.default_rng(seed)
     epochs = -(-steps * batch_size // examples)
     rows = np.concatenate([rng.permutation(examples) for _ in range(epochs)])
@@ -143,7 +143,7 @@ def batches(
 
 
 def split(pair: Pair, data_dir: pathlib.Path) -> tuple[Images, Images]:
-    """The test images of a target, and what seeds draw training images from."""
+    """Returns a target's test images and the pool of its training images."""
     images = load_images(pair.images, data_dir)
     rows = np.random.default_rng(99).permutation(len(images.labels))
     tests = min(TEST_IMAGES, len(rows) // 2)
@@ -151,7 +151,7 @@ def split(pair: Pair, data_dir: pathlib.Path) -> tuple[Images, Images]:
 
 
 def draw(pair: Pair, pool: Images, seed: int) -> Task:
-    """The training set of a seed, some with the label of another class, in folds."""
+    """Draws a seed's training set and folds, with some labels of a wrong class."""
     rng = np.random.default_rng([7, seed])
     rows = rng.permutation(len(pool.labels))
     classes = range(int(pool.labels.max()) + 1)

@@ -1,10 +1,10 @@
 """Trains many networks in lockstep: seeds, folds and values of one method.
 
-Dense networks are mapped over all three. Convolutions would become grouped ones, which
-are slow on a CPU, so networks that have them are trained one after the other.
+Dense networks are mapped over all three. Mapped convolutions would become grouped ones,
+which are slow on a CPU, so convolutional networks are trained one after the other.
 
-Shape letters: S seeds, F folds and as the last one all examples, V values, T steps,
-B examples in a batch, N examples of a training set.
+Shape letters: S seeds; F folds, the last of which is all examples; V values; T steps;
+B examples in a batch; N examples of a training set.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ Variables = dict[str, Any]  # {"params": tree, "batch_stats": tree}
 
 
 class Data(NamedTuple):
-    """What the networks of a seed, or of all, see; arrays of NumPy or JAX."""
+    """Training data of one seed or of all seeds; arrays of NumPy or JAX."""
 
     images: Any  # [S N h w 1]
     labels: Any  # [S N]
@@ -36,7 +36,7 @@ class Data(NamedTuple):
 
 
 class State(NamedTuple):
-    """All that changes in training."""
+    """Parameters, statistics and optimizer state."""
 
     params: Any
     batch_stats: Any
@@ -44,7 +44,7 @@ class State(NamedTuple):
 
 
 class Trainer(NamedTuple):
-    """How to train by one method."""
+    """The initial state and the training step of one method."""
 
     # (variables to start from, value, parameters of the source) -> state
     init: Callable[[Variables, Array, Any], State]
@@ -64,13 +64,13 @@ def make_trainer(
     """Returns the functions of one network.
 
     Args:
-      network: its classifier is `head`.
-      layers: of which outputs are regularized, by path.
+      network: a network whose classifier is `head`.
+      layers: paths of the layers whose outputs are regularized.
       regularizer: one of `REGULARIZERS`, or None.
       method: one of `BUILDERS`.
       optimizer: one of `OPTIMIZERS`.
       learning_rate: falls to 0 along a cosine.
-      steps: length of training.
+      steps: number of training steps.
     """
     apply = capture_features(network, layers)
     schedule = optax.cosine_decay_schedule(learning_rate, steps)
@@ -150,13 +150,13 @@ def train(
     """Trains all networks; returns their variables `[S F V ...]` after equal parts.
 
     Args:
-      trainer: of the method.
-      starts: variables of each seed `[S ...]`.
-      values: of the method.
-      source: its parameters.
-      data: of all seeds.
-      is_mapped: whether all are one program, or one network is trained after another.
-      parts: after how many equal parts of training variables are returned.
+      trainer: initial state and step of the method.
+      starts: initial variables of each seed `[S ...]`.
+      values: values of the method's hyperparameter.
+      source: parameters of the source.
+      data: data of all seeds.
+      is_mapped: whether one program trains all networks, instead of one after another.
+      parts: number of equal parts of training; variables are returned after each.
     """
     seeds, folds, steps = data.order.shape[:3]
     numbers = jnp.asarray(values, jnp.float32)
@@ -196,12 +196,12 @@ def _variables(state: State) -> Variables:
 
 def _mapped(trainer, starts, values, source, data, ends):
     def over(function, in_axes):
-        """Over values, folds and seeds, the innermost first."""
+        """Maps over values, folds and seeds, the innermost first."""
         for axes in in_axes:
             function = jax.vmap(function, axes)
         return function
 
-    # All of a seed start alike, whatever their fold.
+    # All folds of a seed start from the same variables.
     folds = data.order.shape[1]
     init = jax.vmap(trainer.init, (None, 0, None))
     init = jax.vmap(init, (None, None, None), axis_size=folds)
