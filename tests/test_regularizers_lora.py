@@ -208,7 +208,7 @@ def test_adapters_that_do_not_match_are_named():
         ({"d": {"lora_a": a, "lora_b": a}}, r"\(3, 2\) at 'd/lora_a' and \(3, 2\)"),
         ({"d": {"lora_a": a[0], "lora_b": b}}, r"shapes.*'d/lora_a'"),
         ({"d": {"lora_a": a[None], "lora_b": b.T}}, r"shapes.*'d/lora_b'"),
-        ({"d": {"w_lora_a": a, "v_lora_b": b}}, r"'lora_b' next to every 'lora_a'"),
+        ({"d": {"v_lora_a": a, "w_lora_b": b}}, r"'lora_b' next to every 'lora_a'"),
     ]:
         for function in (lora_decay().value, lora_decay().gradient):
             with pytest.raises(ValueError, match=message):

@@ -76,7 +76,7 @@ def like_flax_imagenet(names: Names):
         near(state.params, expected, atol=1e-5)
         losses.append(float(loss))
     assert conflicts > 5
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < losses[0] - 0.05
     near(end.params, expected, atol=1e-4)
 
     def two_terms(params, state, batch):
@@ -153,12 +153,12 @@ def with_equimo(names: Names):
         _, (g, r) = gradients(params, teacher, x, y)
         conflicts += dot(g, r) < 0
         d = resolved(g, times(0.1, r))
-        expected = minus(params, times(0.1, d))
+        expected = minus(params, times(0.3, d))
         params, state, _ = names["step"](params, state, teacher, x, y)
         near(params, expected, atol=1e-5)
     assert conflicts > 5
     near(names["params"], params, atol=1e-4)
-    assert names["losses"][-1] < 0.9 * names["losses"][0]
+    assert names["losses"][-1] < names["losses"][0] - 0.05
     found = eqx.combine(params, names["static"])
     assert np.all(np.isfinite(jax.vmap(lambda image: found(image, names["key"]))(x)))
 
@@ -184,7 +184,7 @@ def with_kauldron(names: Names):
     conflicts = 0
     for name in ("plain sum", "resolved"):
         params = start
-        for _ in range(40):
+        for _ in range(41):  # from 0 to `num_train_steps`
             g, r = grad(params), times(0.3, minus(params, start))
             conflicts += dot(g, r) < -1e-6
             d = resolved(g, r) if name == "resolved" else combined(np.add, g, r)
@@ -219,14 +219,17 @@ def with_kauldron_and_a_pair(names: Names):
         loss = cross_entropy(found, data["y"][:, 0])
         return loss, logit_distillation(found, logits(start))
 
-    gradients, params, conflicts = jax.jit(value_and_gradient_pair(objective)), start, 0
-    for _ in range(40):
-        _, (g, r) = gradients(params)
+    gradients = jax.jit(value_and_gradient_pair(objective))
+    start, state, conflicts = jax.device_get(start), trainer.init_state(), 0
+    for _ in range(41):  # from 0 to `num_train_steps`
+        before = jax.device_get(state.params)
+        _, (g, r) = gradients(before)
         conflicts += dot(g, r) < 0
+        state, _ = trainer.trainstep.step(state, data)
         d = resolved(g, times(0.5, r))
-        params = jax.tree.map(np.float32, minus(params, times(0.2, d)))
+        near(state.params, minus(before, times(0.2, d)), atol=1e-5)
     assert conflicts > 20
-    near(names["state"].params, params, atol=1e-4)
+    near(names["state"].params, state.params, atol=1e-5)
     near(names["state"].collections["source"], start)
 
 

@@ -1,8 +1,8 @@
 """The Llama architecture as a module of Flax NNX, with or without adapters.
 
-Shape letters: B sequences, T tokens, D width, H heads, E numbers of a head, V words of
-the vocabulary. Layers are stacked, and run by one loop, so that a program of thirty
-layers compiles as fast as one of a single layer.
+Shape letters: B sequences, T tokens, D width, H heads, E size of a head, V size of the
+vocabulary. Layers are stacked and run in one loop, so that thirty layers compile as
+fast as one.
 """
 
 from typing import Any, NamedTuple
@@ -13,24 +13,24 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-# What adapters can be added to, by the names that `--adapt` takes.
+# Linear maps that can have adapters; the values of `--adapt`.
 LINEAR = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 class Shape(NamedTuple):
-    """What a file says of a network beside its weights."""
+    """The sizes of a network."""
 
     vocabulary: int
     width: int
-    hidden: int  # numbers between the two linear maps of a feed-forward layer
+    hidden: int  # width between the two linear maps of a feed-forward layer
     layers: int
     heads: int
-    kv_heads: int  # heads of keys and values, each for several of queries
-    head: int  # numbers of a head
-    context: int  # tokens that it was trained to see at most
+    kv_heads: int  # heads of keys and values, each shared by several query heads
+    head: int  # size of a head
+    context: int  # largest number of tokens in its training
     rotary_base: float
     epsilon: float
-    tied: bool  # whether words are read and written with the same vectors
+    tied: bool  # whether embedding and output share their weights
     rotary_divisors: tuple[float, ...] | None = None  # of frequencies, `[head / 2]`
 
 
@@ -46,7 +46,7 @@ class Llama(nnx.Module):
 
     Attributes:
       embedding: `[V, D]`.
-      blocks: of all layers, stacked along the first axis of every variable.
+      blocks: all layers, stacked along the first axis of every variable.
     """
 
     def __init__(
@@ -82,10 +82,10 @@ class Llama(nnx.Module):
         """Returns the logits of every next token.
 
         Args:
-          tokens: of the vocabulary.
-          segments: which text of its row a token belongs to; it sees no other. By
-            default a row is one text.
-          positions: of a token in its text.
+          tokens: tokens of the vocabulary.
+          segments: the number of each token's text in its row; attention stays within
+            a text. By default a row is one text.
+          positions: position of each token in its text.
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -147,7 +147,7 @@ class Block(nnx.Module):
         rotation: tuple[Any, Any],
         mask: Bool[Array, "..."],
     ) -> Float[Array, "B T D"]:
-        """Returns what the layer makes of its input, of the same shape."""
+        """Returns the layer's output, with the shape of its input."""
         y = self.attention_norm(x)
         heads = (*x.shape[:2], -1, self.head)
         q = _rotated(self.q(y).reshape(heads), rotation)
@@ -166,7 +166,7 @@ def _norm(shape: Shape, dtype: Any, rngs: nnx.Rngs) -> nnx.RMSNorm:
 
 
 def _mask(segments: Array | None, tokens: int) -> Bool[Array, "B 1 T T"]:
-    """Whether a token sees another: an earlier one, or itself, of the same text."""
+    """Returns the attention mask: earlier tokens of the same text, and the token."""
     past = jnp.tril(jnp.ones((1, 1, tokens, tokens), bool))
     if segments is None:
         return past
@@ -174,7 +174,7 @@ def _mask(segments: Array | None, tokens: int) -> Bool[Array, "B 1 T T"]:
 
 
 def _rotation(shape: Shape, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
-    """Cosines and sines of the rotary embedding, `[B, T, 1, E / 2]`."""
+    """Returns cosines and sines of the rotary embedding, `[B, T, 1, E / 2]`."""
     at = np.arange(0, shape.head, 2, dtype=np.float32) / shape.head
     rates = np.float32(shape.rotary_base) ** -at
     if shape.rotary_divisors is not None:
@@ -186,7 +186,7 @@ def _rotation(shape: Shape, positions: Int[Array, "B T"]) -> tuple[Array, Array]
 def _rotated(
     x: Float[Array, "B T H E"], rotation: tuple[Any, Any]
 ) -> Float[Array, "B T H E"]:
-    """Turns pairs of numbers, of which one is in the first half of a head."""
+    """Rotates pairs of entries, one from each half of a head."""
     cos, sin = rotation
     left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = [left * cos - right * sin, right * cos + left * sin]

@@ -1,4 +1,4 @@
-"""Whether the options can be meant, before anything is read."""
+"""Checks the options before anything is read."""
 
 import math
 
@@ -9,7 +9,7 @@ from dtnh_jax.lm.methods import METHODS, WISE_FT
 
 
 def check(config: Config) -> None:
-    """Raises ValueError, in one line, for options that can not be meant."""
+    """Raises ValueError for wrong options, with a message of one line."""
     for name, known in (("methods", METHODS), ("adapt", LINEAR)):
         given = getattr(config, name)
         if not given:
@@ -27,9 +27,9 @@ def check(config: Config) -> None:
     for name, strengths in config.strength.items():
         one_of("strength", name, METHODS)
         if name not in config.methods:
-            raise ValueError(f"`--strength {name}` is of no use: no method has it.")
+            raise ValueError(f"`--strength {name}` has no effect: no method has it.")
         if METHODS[name].strengths == (0.0,):
-            raise ValueError(f"`--strength {name}` is of no use: it has no strength.")
+            raise ValueError(f"`--strength {name}` has no effect: it has no strength.")
         for value in strengths:
             most = 1.0 if name == WISE_FT else math.inf
             if not (math.isfinite(value) and 0 <= value <= most):

@@ -15,10 +15,10 @@ def run(argv: Sequence[str]) -> int:
       argv: the arguments after `dtnh lm`.
 
     Returns:
-      The exit status, as `dtnh_jax._cli.main` says.
+      The exit status, as in `dtnh_jax._cli.main`.
     """
     config = tyro.cli(Config, prog="dtnh lm", args=list(argv))
-    # Here, because these import Flax and more, for which `--help` should not wait.
+    # Imported here because `--help` should not wait for Flax.
     from dtnh_jax.finetune.runs.folder import check_folder
     from dtnh_jax.lm.checks import check
 
@@ -32,7 +32,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def compare(config: Config) -> int:
-    """Runs everything that a configuration asks for; returns the exit status."""
+    """Runs the comparison of a configuration; returns the exit status."""
     from rich.console import Console
 
     from dtnh_jax.finetune.runs.folder import Folder, open_folder
@@ -42,7 +42,7 @@ def compare(config: Config) -> int:
 
     console = Console()
     if not console.is_terminal:
-        console.width = 120  # of a log, where nothing has to fit
+        console.width = 120  # a log has no width of its own
     try:
         prepared = experiment.prepare(config)
         folder = Folder(config.folder, needed=())

@@ -1,4 +1,4 @@
-"""The options of `dtnh lm`, and what follows from them alone."""
+"""The options of `dtnh lm`, and values derived from them."""
 
 import dataclasses
 import hashlib
@@ -64,18 +64,18 @@ class Config:
     """Text that may be forgotten, and is never trained on: python-docs (English, of
     Python's own reference), or text:PATH."""
     methods: tuple[str, ...] = DEFAULT_METHODS
-    """What to compare: plain adapters (lora), a KL to the base model added (kl), or
-    resolved (kl+dtnh, kl+never_hurt), and so on; or `all`."""
+    """Methods to compare: plain adapters (lora), a KL to the base model that is added
+    (kl) or resolved (kl+dtnh, kl+never_hurt), and others; or `all`."""
     strength: Strengths = dataclasses.field(default_factory=dict)
-    """Strengths to use instead of the default ones, such as kl=0.1,1,10."""
+    """Strengths that replace the defaults, such as kl=0.1,1,10."""
     adapt: tuple[str, ...] = ("q", "v")
     """Linear maps that get adapters: of q, k, v, o, gate, up, down."""
     rank: int = 8
     """Rank of the adapters."""
     learning_rate: float = 2e-3
-    """Of Adam, at its highest."""
+    """Largest learning rate of Adam."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate goes on after the warmup; the first two fall to 0."""
+    """Schedule of the learning rate after the warmup; the first two fall to 0."""
     warmup: int = 0
     """Steps in which the learning rate rises."""
     steps: int = 24
@@ -85,20 +85,20 @@ class Config:
     context: int = 64
     """Tokens in a row."""
     test_rows: int = 16
-    """Rows to measure losses on, of each of the two kinds of text."""
+    """Test rows of each of the two kinds of text."""
     held_out_every: int = 1
     """Steps from one gradient of held-out text to the next, where a method uses it;
     trust needs some twenty of them. With hundreds of steps, take 4 or more."""
     seeds: int = 1
-    """Repetitions, with other initial adapters and another order of texts each."""
+    """Repetitions, each with other initial adapters and another order of texts."""
     accumulate: int = 1
-    """Parts of a batch, one after the other: gradients are averaged, then resolved."""
+    """Micro-batches of a batch: their gradients are averaged, then resolved."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the base weights, and what the model computes in; adapters are float32."""
+    """Dtype of base weights and computation; adapters are float32."""
     remat: bool = False
-    """Compute layers anew in the backward pass, instead of keeping them in memory."""
+    """Recompute layers in the backward pass to save memory."""
     mesh: Mesh = dataclasses.field(default_factory=dict)
-    """Devices to spread over: rows over data and fsdp, weights over fsdp."""
+    """Device mesh: rows are sharded over data and fsdp, weights over fsdp."""
     run_dir: pathlib.Path | None = None
     """Folder for results. By default runs/lm, or another for other options."""
     data_dir: pathlib.Path | None = None
@@ -109,7 +109,7 @@ class Config:
             object.__setattr__(self, "methods", tuple(METHODS))
 
     def strengths_of(self, method: str) -> tuple[float, ...]:
-        """The strengths that a method is compared at."""
+        """Returns the strengths of a method."""
         return tuple(self.strength.get(method, METHODS[method].strengths))
 
     @property
@@ -127,7 +127,7 @@ class Config:
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """The options that decide the results, ready for JSON: one identity, one folder."""
+    """Returns the options that determine the results, for JSON."""
     options = dataclasses.asdict(config)
     for name in _OF_NO_CONSEQUENCE:
         del options[name]

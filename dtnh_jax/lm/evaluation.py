@@ -1,4 +1,4 @@
-"""What a network has learned and forgotten, on texts that it was not trained on."""
+"""Measures learning and forgetting, on texts that were not trained on."""
 
 import functools
 from typing import Any
@@ -23,7 +23,7 @@ class Evaluator:
         self._of_rows = jax.jit(lambda *args: meshes.whole(mesh, of_rows(*args)))
 
     def __call__(self, adapters: Tree, splits: Splits) -> dict[str, float]:
-        """Returns the loss and the KL to the base model, of the two kinds of text."""
+        """Returns the loss and the KL to the base model, for both kinds of text."""
         found = {}
         for name, rows in (("target", splits.test), ("kept", splits.kept)):
             sums = self._sums(adapters, rows)
@@ -43,7 +43,7 @@ class Evaluator:
 
 
 def _filled(rows: Rows, count: int) -> Rows:
-    """Adds rows without weight, so that all batches have one shape."""
+    """Pads with rows of weight 0, so that all batches have one shape."""
     missing = count - len(rows.tokens)
     return Rows(*[_padded(x, missing) for x in rows])
 

@@ -1,4 +1,4 @@
-"""What all cells of a run share: the model, the texts, and compiled programs."""
+"""The model, the texts and the compiled programs that all cells of a run share."""
 
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from dtnh_jax.lm.programs import Programs
 
 
 class Experiment(NamedTuple):
-    """A run, prepared."""
+    """A prepared run."""
 
     config: Config
     model: model_files.ModelFile
@@ -36,10 +36,10 @@ def prepare(config: Config, model: model_files.ModelFile | None = None) -> Exper
 
     Args:
       config: the options.
-      model: an open one; by default the one that the options name.
+      model: an open model; by default the model of the options.
 
     Raises:
-      ValueError: one of them can not be used; says why in one line.
+      ValueError: the model or a text can not be used; the message has one line.
     """
     mesh = meshes.make_mesh(config.mesh)
     model = opening.open_model(config.model) if model is None else model
@@ -96,13 +96,13 @@ def _trainer(
 
 
 def initial_adapters(experiment: Experiment, seed: int) -> Tree:
-    """The adapters that all methods of a seed start from."""
+    """Returns the initial adapters of a seed, the same for all methods."""
     drawn = networks.initial_adapters(experiment.network, jax.random.key(seed))
     return meshes.place(experiment.mesh, drawn)
 
 
 def described(experiment: Experiment) -> dict[str, Any]:
-    """What a run was made of, for its results."""
+    """Returns a description of model and texts, for the results."""
     rows = experiment.splits._asdict()
     return {
         "model": {

@@ -1,4 +1,4 @@
-"""Files of llama.cpp: one file holds the weights, the shape and the vocabulary."""
+"""Reads files of llama.cpp, with weights, shape and vocabulary in one file."""
 
 import pathlib
 from typing import Any
@@ -29,18 +29,17 @@ _UNKNOWN = "not stated in the file"
 
 
 def read_gguf(path: pathlib.Path) -> ModelFile:
-    """Opens a model; its tensors are read, and dequantized, when asked for.
+    """Opens a model, whose tensors are read and dequantized on demand.
 
-    The numbers of a head of queries and keys are stored for rotary embeddings of
-    adjacent pairs. They come back in the order of Hugging Face, whose pairs are half a
-    head apart.
+    The file stores heads of queries and keys for rotary embeddings of adjacent pairs.
+    They are returned in the order of Hugging Face, whose pairs are half a head apart.
 
     Raises:
-      ModelError: it can not be read, or is of another architecture than llama.
+      ModelError: the file can not be read, or its architecture is not llama.
     """
     try:
         reader = gguf.GGUFReader(path)
-    except Exception as error:  # whatever a reader stumbles over in a damaged file
+    except Exception as error:  # readers of damaged files raise any exception
         raise ModelError(f"`{path}` can not be read as GGUF: {error!s:.200}") from error
     fields = _Fields(path, reader)
     architecture = fields.get("general.architecture", "none")
@@ -141,7 +140,7 @@ def _dequantized(tensor: Any) -> np.ndarray:
 
 
 def _halves(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Puts the first numbers of all pairs of a head before the second ones."""
+    """Moves the first entries of all pairs of a head before the second ones."""
     rows, inputs = weight.shape
     pairs = weight.reshape(heads, rows // heads // 2, 2, inputs)
     return pairs.swapaxes(1, 2).reshape(rows, inputs)

@@ -1,4 +1,4 @@
-"""A language model as its files describe it, whatever kind of files they are."""
+"""The type of a language model on disk."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,11 +9,11 @@ from dtnh_jax.lm.architecture import Shape
 
 
 class ModelError(ValueError):
-    """A model's files are missing, damaged, or of another architecture."""
+    """A model's files are missing or damaged, or have another architecture."""
 
 
 class ModelFile(NamedTuple):
-    """What is known of a model before its weights are read."""
+    """A model's facts, and a function that reads its weights."""
 
     name: str
     licence: str
@@ -28,7 +28,7 @@ class ModelFile(NamedTuple):
 
 
 def names_of(shape: Shape) -> list[str]:
-    """The names of all tensors of a network, as `ModelFile.read` takes them."""
+    """Returns the names of all tensors of a network, for `ModelFile.read`."""
     of_layer = (
         "attention_norm",
         "q",
@@ -45,7 +45,7 @@ def names_of(shape: Shape) -> list[str]:
 
 
 def shape_of(shape: Shape, name: str) -> tuple[int, ...]:
-    """The shape that the tensor of a name must have."""
+    """Returns the required shape of a tensor."""
     queries, keys = shape.heads * shape.head, shape.kv_heads * shape.head
     width, hidden = shape.width, shape.hidden
     return {
@@ -65,7 +65,7 @@ def shape_of(shape: Shape, name: str) -> tuple[int, ...]:
 
 
 def check_shape(shape: Shape) -> None:
-    """Raises ModelError for numbers that can not be those of a network."""
+    """Raises ModelError for impossible sizes of a network."""
     for name, number in shape._asdict().items():
         if name not in ("tied", "rotary_divisors") and not number > 0:
             raise ModelError(f"the model's {name} must be above 0, got {number}.")

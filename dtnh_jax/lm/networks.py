@@ -1,4 +1,4 @@
-"""From the files of a model to a module: base weights, and adapters beside them."""
+"""Makes a module from the files of a model: base weights and adapters."""
 
 from typing import Any, NamedTuple
 
@@ -17,27 +17,27 @@ _initial_a = nnx.initializers.he_uniform(batch_axis=0)
 
 
 class Network(NamedTuple):
-    """A model in two trees: one is trained, and the other is what it started from."""
+    """A model in two trees: trained adapters, and base weights."""
 
     graphdef: Any
-    adapters: Tree  # of shapes and dtypes alone
+    adapters: Tree  # shapes and dtypes only
     base: Tree
 
     def module(self, adapters: Tree, base: Tree) -> Llama:
-        """Puts the trees together; no array is copied."""
+        """Merges the trees, without copies of arrays."""
         return nnx.merge(self.graphdef, adapters, base)
 
 
 def read_network(
     model: ModelFile, *, dtype: Any, adapters: Adapters, remat: bool = False
 ) -> Network:
-    """Reads all base weights, those of layers stacked, as NumPy arrays.
+    """Reads all base weights as NumPy arrays, with those of layers stacked.
 
     Args:
-      model: an open one.
-      dtype: what the network computes in, and what base weights are kept in.
-      adapters: what to add; they are in float32.
-      remat: whether to compute layers anew in the backward pass.
+      model: an open model.
+      dtype: dtype of the computation and of base weights.
+      adapters: the adapters, in float32.
+      remat: whether to recompute layers in the backward pass.
 
     Raises:
       ModelError: a tensor is missing or has another shape.
@@ -73,7 +73,7 @@ def _tensor(model: ModelFile, name: str) -> np.ndarray:
 
 
 def initial_adapters(network: Network, key: PRNGKeyArray) -> Tree:
-    """Draws the first factors of all adapters; the second ones are zero."""
+    """Draws the first factors of all adapters; the second factors are zero."""
     leaves, treedef = jax.tree.flatten_with_path(network.adapters)
     keys = jax.random.split(key, len(leaves))
 
@@ -86,7 +86,7 @@ def initial_adapters(network: Network, key: PRNGKeyArray) -> Tree:
 
 
 def scaled(adapters: Tree, factor: float) -> Tree:
-    """Multiplies what every adapter adds to its weight by a factor."""
+    """Multiplies the products of all adapters by a factor."""
     return jax.tree.map_with_path(
         lambda path, x: factor * x if path[-1].key == "lora_b" else x, adapters
     )

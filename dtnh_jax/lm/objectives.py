@@ -1,4 +1,4 @@
-"""What is minimized: the loss of next tokens, and regularizers of the same outputs."""
+"""The loss of next tokens, and regularizers of the same outputs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,8 +28,7 @@ def next_token_losses(
 ) -> Float[Array, "B T"]:
     """Cross-entropy of every token in nats, in float32.
 
-    What it keeps for the backward pass are the logits: no array of their size in
-    float32 beside them.
+    The backward pass only keeps the logits, without a float32 array of their size.
     """
     return jax.checkpoint(_losses)(logits, labels)
 
@@ -48,19 +47,19 @@ def outputs(network: Network, adapters: Tree, base: Tree, rows: Rows) -> Array:
 
 
 def outputs_of_base(network: Network, adapters: Tree, base: Tree, rows: Rows) -> Array:
-    """Returns the logits of the base model, by the same weights."""
+    """Returns the logits of the base model, from the same weights."""
     module = without_adapters(network.module(adapters, base))
     return module(rows.tokens, rows.segments, rows.positions)
 
 
 def mean(values: Array, weights: Array) -> Float[Array, ""]:
-    """Returns a weighted mean, 0 where nothing has weight."""
+    """Returns a weighted mean, 0 if all weights are 0."""
     total = jnp.sum(weights)
     return jnp.sum(values * weights) / jnp.where(total == 0, 1.0, total)
 
 
 def loss(network: Network, adapters: Tree, base: Tree, rows: Rows) -> Float[Array, ""]:
-    """The mean loss of next tokens, in nats."""
+    """Returns the mean loss of next tokens, in nats."""
     logits = outputs(network, adapters, base, rows)
     return mean(next_token_losses(logits, rows.labels), rows.weights)
 
@@ -68,7 +67,7 @@ def loss(network: Network, adapters: Tree, base: Tree, rows: Rows) -> Float[Arra
 def loss_and_regularizer(
     name: str, network: Network, adapters: Tree, base: Tree, rows: Rows
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The mean loss, and one of `OF_OUTPUTS`, of the same forward pass."""
+    """Returns the mean loss and one of `OF_OUTPUTS`, from one forward pass."""
     logits = outputs(network, adapters, base, rows)
     reference = outputs_of_base(network, adapters, base, rows)
     value = mean(next_token_losses(logits, rows.labels), rows.weights)
@@ -78,7 +77,7 @@ def loss_and_regularizer(
 def held_out_error(
     network: Network, adapters: Tree, base: Tree, rows: Rows
 ) -> Float[Array, ""]:
-    """The mean of `1 - p(next token)`: the judge of held-out text."""
+    """Returns the mean of `1 - p(next token)`, the loss for held-out text."""
     logits = outputs(network, adapters, base, rows)
     return expected_error(logits, rows.labels, mask=rows.weights)
 
@@ -86,7 +85,7 @@ def held_out_error(
 def measures(
     network: Network, adapters: Tree, base: Tree, rows: Rows
 ) -> dict[str, Any]:
-    """Sums over the tokens of some rows: loss, KL to the base model, and tokens."""
+    """Returns sums over the tokens of rows: loss, KL to the base model, and count."""
     logits = outputs(network, adapters, base, rows)
     reference = outputs_of_base(network, adapters, base, rows)
     tokens = jnp.sum(rows.weights)

@@ -1,4 +1,4 @@
-"""Finds a model by the name or path that `--model` takes."""
+"""Opens the model of `--model`."""
 
 import importlib.util
 import pathlib
@@ -13,13 +13,13 @@ _PACKAGED = {
 def open_model(name: str) -> ModelFile:
     """Opens a model; its weights are read later.
 
-    The package of the default model is to be installed without what it depends on.
+    Install the package of the default model without its dependencies.
 
     Args:
-      name: of a model in a package, a `.gguf` file, or a folder as Hugging Face has it.
+      name: name of a packaged model, a `.gguf` file, or a Hugging Face folder.
 
     Raises:
-      ModelError: it is missing, or can not be used; says what to do.
+      ModelError: the model is missing or can not be used.
     """
     if name in _PACKAGED:
         path = _packaged(*_PACKAGED[name])
@@ -50,7 +50,7 @@ def _checked(model: ModelFile) -> ModelFile:
 
 
 def _packaged(module: str, package: str, file: str) -> pathlib.Path:
-    # Found, and not imported: for that it wants packages that run the model.
+    # Located, not imported: an import needs packages that run the model.
     spec = importlib.util.find_spec(module)
     for folder in (spec and spec.submodule_search_locations) or ():
         path = pathlib.Path(folder) / file

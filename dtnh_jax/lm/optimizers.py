@@ -1,7 +1,7 @@
-"""From a method to an optimizer of the adapters.
+"""Builds the optimizer of a method's adapters.
 
-Strengths are data in the optimizer's state, so methods that differ in them alone share
-a compiled step.
+Strengths are data in the optimizer's state, so methods that differ only in strength
+share a compiled step.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from dtnh_jax.lm.methods import DECAY, DTNH, NEVER_HURT, Method
 
 
 def make_schedule(kind: str, rate: float, warmup: int, steps: int) -> optax.Schedule:
-    """The learning rate by the step: up to `rate` over `warmup` steps, then by kind."""
+    """Returns a schedule: a rise to `rate` over `warmup` steps, then one by kind."""
     left = max(steps - warmup, 1)
     then = {
         "cosine": optax.cosine_decay_schedule(rate, left),
@@ -24,7 +24,7 @@ def make_schedule(kind: str, rate: float, warmup: int, steps: int) -> optax.Sche
     }[kind]
     if not warmup:
         return then
-    # Not from 0, where the first step would be lost.
+    # Not from 0, which would waste the first step.
     up = optax.linear_schedule(rate / warmup, rate, max(warmup - 1, 1))
     return optax.join_schedules([up, then], [warmup])
 
@@ -32,15 +32,15 @@ def make_schedule(kind: str, rate: float, warmup: int, steps: int) -> optax.Sche
 def make_optimizer(
     method: Method, schedule: optax.Schedule
 ) -> optax.GradientTransformationExtraArgs:
-    """Builds Adam with what a method adds to it.
+    """Builds Adam with a method's additions.
 
-    Its update takes the gradient of the loss, or of the sum where the method adds
-    them. Methods with both gradients get the regularizer's as `regularizer_grads`, and
-    some at times that of held-out text as `held_out_grads`.
+    Its update takes the gradient of the loss, or of the sum for methods that add both.
+    Methods with two gradients get the regularizer's as `regularizer_grads`, and some of
+    them also that of held-out text, at some steps, as `held_out_grads`.
 
     Args:
-      method: one that is trained.
-      schedule: of the learning rate.
+      method: a method that is trained.
+      schedule: schedule of the learning rate.
     """
     adam = optax.adam(schedule)
     rule = method.name.rpartition("+")[2]

@@ -1,7 +1,7 @@
-"""From texts to rows of tokens, of one length, with hardly a place left empty.
+"""Packs texts into rows of tokens of one length.
 
-A row holds several texts, one after the other. A text sees itself alone, and its
-positions begin at 0; see `architecture.Llama`.
+A row holds several texts in sequence. Attention stays within a text, and its positions
+start at 0; see `architecture.Llama`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,26 +24,23 @@ class Rows(NamedTuple):
     positions: Int[Any, "N T"]  # in a text, or a part of one
 
     def at(self, index: Any) -> "Rows":
-        """Some of the rows."""
+        """Returns the rows at an index."""
         return Rows(*[x[index] for x in self])
 
 
 class Encoded(NamedTuple):
-    """A text as tokens, the one that ends it among them."""
+    """A text as tokens, including the end token."""
 
     tokens: list[int]
-    learned: int  # the first that is learned
+    learned: int  # index of the first learned token
     where: str
-    may_be_cut: bool  # whether it may go on in another row
+    may_be_cut: bool  # whether it may continue in another row
 
 
 def encode(
     texts: Sequence[Text], tokenizer: Any, end: int, chat_template: str | None
 ) -> list[Encoded]:
-    """Turns texts into tokens; prompts are put into the form of the model's chat.
-
-    Without a template the prompt is read as it is.
-    """
+    """Tokenizes texts; prompts are formatted by the model's chat template, if any."""
     form = None
     if chat_template is not None and any(text.prompt is not None for text in texts):
         form = _chat_form(chat_template)
@@ -77,8 +74,8 @@ def _chat_form(template: str) -> Any:
 def pack(texts: Sequence[Encoded], length: int) -> Rows:
     """Fills rows with texts in their order.
 
-    A plain text is cut where a row ends, and goes on in the next one. An answer is
-    never cut; where it does not fit, the rest of the row is left empty.
+    A plain text is split at the end of a row and continues in the next one. An answer
+    is never split; if it does not fit, the rest of the row stays empty.
 
     Raises:
       TextError: an answer and its prompt are longer than a row.
@@ -102,7 +99,7 @@ def pack(texts: Sequence[Encoded], length: int) -> Rows:
 def _parts(
     text: Encoded, rows: list[list[np.ndarray]], length: int
 ) -> Iterator[np.ndarray]:
-    """Yields what of a text goes to the end of the rows, which grow meanwhile."""
+    """Yields the parts of a text that fill the ends of the growing rows."""
     tokens = np.asarray(text.tokens, np.int32)
     learned = np.arange(1, len(tokens)) >= text.learned
     pairs = np.stack([tokens[:-1], tokens[1:], learned]).astype(np.int32)
@@ -117,14 +114,14 @@ def _parts(
 
 
 class Stream:
-    """Endless batches of rows, shuffled anew in every pass; a function of the step."""
+    """Endless batches of rows, shuffled in every pass; a function of the step."""
 
     def __init__(self, rows: Rows, batch: int, seed: int):
         self._rows, self._batch, self._seed = rows, batch, seed
         self._orders: dict[int, np.ndarray] = {}
 
     def __getitem__(self, step: int) -> Rows:
-        """The batch of a step."""
+        """Returns the batch of a step."""
         count = len(self._rows.tokens)
         places = range(step * self._batch, (step + 1) * self._batch)
         return self._rows.at([self._order(i // count)[i % count] for i in places])

@@ -1,4 +1,4 @@
-"""Compiled programs, and what the compiler says of their memory."""
+"""Compiled programs, and the compiler's estimate of their memory."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,10 +7,10 @@ import jax
 
 
 class Program(NamedTuple):
-    """A compiled function of arrays of some shapes."""
+    """A compiled function for given shapes."""
 
     call: Callable[..., Any]
-    temporary: int | None  # bytes beside arguments and results, where it is known
+    temporary: int | None  # bytes beside arguments and results, if known
 
 
 class Programs:
@@ -21,7 +21,7 @@ class Programs:
         self._compiled: dict[Any, Program] = {}
 
     def get(self, *args: Any) -> Program:
-        """The program for arguments like these, which may be shapes alone."""
+        """Returns the program for arguments with these shapes."""
         leaves, treedef = jax.tree.flatten(args)
         key = treedef, tuple((x.shape, str(x.dtype)) for x in leaves)
         if key not in self._compiled:
@@ -34,4 +34,4 @@ def _temporary(compiled: Any) -> int | None:
     try:
         return int(compiled.memory_analysis().temp_size_in_bytes)
     except (AttributeError, TypeError, NotImplementedError, jax.errors.JaxRuntimeError):
-        return None  # of a backend that does not tell
+        return None  # the backend does not report it

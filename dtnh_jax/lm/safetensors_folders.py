@@ -1,4 +1,4 @@
-"""Models in folders as Hugging Face has them: safetensors, config and tokenizer."""
+"""Reads Hugging Face folders with safetensors, config and tokenizer."""
 
 import json
 import math
@@ -31,10 +31,10 @@ _INDEX = "model.safetensors.index.json"
 
 
 def read_folder(path: pathlib.Path) -> ModelFile:
-    """Opens a model; its tensors are read when asked for.
+    """Opens a model, whose tensors are read on demand.
 
     Raises:
-      ModelError: a file is missing or damaged, or it is of another architecture.
+      ModelError: a file is missing or damaged, or the architecture is not llama.
     """
     options = _json(path / "config.json")
     kind = options.get("model_type", "none")
@@ -86,7 +86,7 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _files(path: pathlib.Path) -> dict[str, pathlib.Path]:
-    """The file of every tensor, by its name."""
+    """Returns the file of every tensor, by name."""
     if (path / _INDEX).exists():
         parts = sorted(set(_json(path / _INDEX)["weight_map"].values()))
     else:
@@ -98,7 +98,7 @@ def _files(path: pathlib.Path) -> dict[str, pathlib.Path]:
                 found |= dict.fromkeys(file.keys(), path / part)
         except FileNotFoundError as error:
             raise ModelError(f"`{path / part}` is missing.") from error
-        except Exception as error:  # whatever a reader stumbles over
+        except Exception as error:  # readers of damaged files raise any exception
             raise ModelError(f"`{path / part}` can not be read: {error}.") from error
     return found
 
@@ -138,7 +138,7 @@ def _shape(path: pathlib.Path, options: Mapping[str, Any]) -> Shape:
 def _divisors(
     path: pathlib.Path, rotary: Mapping[str, Any], base: float, head: int
 ) -> tuple[float, ...] | None:
-    """Divisors of frequencies, as Llama 3.1 has them for its longer context."""
+    """Returns the divisors of frequencies, which Llama 3.1 has for longer contexts."""
     kind = rotary.get("rope_type", rotary.get("type", "default"))
     if kind == "default":
         return None

@@ -1,4 +1,4 @@
-"""Which texts are trained on, held out from training, and tested on."""
+"""Divides texts into training, held-out and test rows."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,17 +9,17 @@ from dtnh_jax.lm.model_files import ModelFile
 from dtnh_jax.lm.packing import Encoded, Rows, encode, pack
 from dtnh_jax.lm.texts import Source, TextError
 
-_SEED = 20191108  # the order of texts is one for all seeds of a run
-_HELD_OUT = 0.1  # of the texts that are not tested on
+_SEED = 20191108  # of the order of texts, the same for all seeds of a run
+_HELD_OUT = 0.1  # share of the texts that are not for tests
 
 
 class Splits(NamedTuple):
-    """Rows of tokens; no text is in two of them."""
+    """Rows of tokens from disjoint texts."""
 
     train: Rows
     held_out: Rows  # for gradients that a trust is learned from
     test: Rows  # of the target
-    kept: Rows  # of what may be forgotten
+    kept: Rows  # test rows of the text that may be forgotten
 
 
 def make_splits(
@@ -28,14 +28,14 @@ def make_splits(
     """Encodes and packs texts.
 
     Args:
-      model: for its tokenizer.
-      target: what is learned.
-      kept: what may be forgotten; it is never trained on.
+      model: the model, for its tokenizer.
+      target: text to learn.
+      kept: text that may be forgotten; it is never trained on.
       length: tokens of a row.
-      test_rows: of the target and of what may be forgotten, at most.
+      test_rows: largest number of test rows of each of the two.
 
     Raises:
-      TextError: there is too little text; says how much there is.
+      TextError: there is too little text; the message says how much there is.
     """
 
     def shuffled(source: Source) -> list[Encoded]:
@@ -68,6 +68,6 @@ def make_splits(
 
 
 def _enough(texts: Sequence[Encoded], tokens: int) -> int:
-    """How many of the texts have so many tokens, or all."""
+    """Returns how many texts contain a number of tokens; all if there are too few."""
     sizes = np.cumsum([len(text.tokens) - 1 for text in texts])
     return int(np.searchsorted(sizes, tokens)) + 1

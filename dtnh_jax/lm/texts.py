@@ -1,4 +1,4 @@
-"""Where texts come from: what is learned, and what may be forgotten.
+"""Sources of texts.
 
 fortunes-de        German sayings and jokes, of Debian's package of that name
 python-docs        English prose: the language reference that comes with Python
@@ -20,14 +20,14 @@ _LEAST_LETTERS = 1000  # of a part that a file is cut into
 
 
 class TextError(ValueError):
-    """Texts are missing, empty or not to be read."""
+    """Texts are missing, empty or unreadable."""
 
 
 class Text(NamedTuple):
     """A text, or an answer to a prompt."""
 
-    text: str  # what is learned
-    prompt: str | None = None  # what is read first, and not learned
+    text: str  # the learned text
+    prompt: str | None = None  # text before it, which is not learned
     where: str = ""  # for errors
 
 
@@ -43,7 +43,7 @@ def open_source(name: str) -> Source:
     """Reads all texts of a source.
 
     Raises:
-      TextError: they are missing or empty; says what to do.
+      TextError: the texts are missing or empty.
     """
     if name in SOURCES:
         source = SOURCES[name]()
@@ -102,7 +102,7 @@ def _own(name: str, path: pathlib.Path) -> Source:
 
 
 def _parts(path: pathlib.Path) -> Iterator[Text]:
-    """Cuts a file between paragraphs, into parts of a thousand letters or more."""
+    """Splits a file between paragraphs, into parts of at least a thousand letters."""
     part: list[str] = []
     for paragraph in path.read_text(encoding="utf-8").split("\n\n"):
         part.append(paragraph)

@@ -1,4 +1,4 @@
-"""Tokenizers: rebuilt from a vocabulary and its merges, or read from a file."""
+"""Builds tokenizers from a vocabulary and its merges, or reads them from a file."""
 
 import pathlib
 from typing import Any, NamedTuple
@@ -15,16 +15,16 @@ _LLAMA_3 = (
 
 
 class Vocabulary(NamedTuple):
-    """What a tokenizer of byte pairs is made of."""
+    """The vocabulary of a byte-pair tokenizer."""
 
-    tokens: list[str]  # a token's number is its place
-    merges: list[str]  # pairs of tokens with a space between them, the first go first
-    special: list[str]  # tokens that are never cut
-    splitting: str  # how text is split before it is merged, as llama.cpp calls it
+    tokens: list[str]  # a token's number is its index
+    merges: list[str]  # pairs of tokens, separated by a space, in order of priority
+    special: list[str]  # tokens that are never split
+    splitting: str  # llama.cpp's name of the rule that splits text before merges
 
 
 def _splitting() -> dict[str, Any]:
-    """How text is split before pairs are merged, by llama.cpp's names."""
+    """Returns the rules that split text before merges, by llama.cpp's names."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     digits = pre_tokenizers.Digits(individual_digits=True)
     words = pre_tokenizers.Split(Regex(_LLAMA_3), behavior="isolated")
@@ -38,13 +38,13 @@ def _splitting() -> dict[str, Any]:
 
 
 def from_vocabulary(vocabulary: Vocabulary) -> Any:
-    """Rebuilds a tokenizer of byte pairs.
+    """Builds a byte-pair tokenizer.
 
     Returns:
-      A `tokenizers.Tokenizer`; it adds no tokens of its own to a text.
+      A `tokenizers.Tokenizer` that adds no special tokens to a text.
 
     Raises:
-      ModelError: text is to be split in a way that is not known here.
+      ModelError: the splitting rule is unknown.
     """
     known = _splitting()
     if vocabulary.splitting not in known:
@@ -70,7 +70,7 @@ def from_file(path: pathlib.Path) -> Any:
     """Reads a `tokenizer.json`.
 
     Raises:
-      ModelError: it is missing, or of another kind.
+      ModelError: the file is missing, or has another format.
     """
     if not path.exists():
         raise ModelError(f"`{path}` is missing: the tokenizer of the model.")
@@ -81,5 +81,5 @@ def from_file(path: pathlib.Path) -> Any:
 
 
 def encoded(tokenizer: Any, text: str) -> list[int]:
-    """The numbers of a text's tokens, without any that a tokenizer would add."""
+    """Returns the tokens of a text, without special tokens."""
     return tokenizer.encode(text, add_special_tokens=False).ids

@@ -35,8 +35,8 @@ class Experiment(NamedTuple):
     splits: loading.Splits  # seeds draw from its training set
     training_set: Callable[..., loading.Examples]  # of a seed, without a fold if given
     held_out_set: Callable[[int, int], loading.Examples]  # of a seed and a fold
-    validation_set: Callable[[], loading.Examples]  # read at the first call, and so is
-    test_set: Callable[[], loading.Examples]
+    validation_set: Callable[[], loading.Examples]  # read at the first call
+    test_set: Callable[[], loading.Examples]  # read at the first call
     trainer: Callable[[Method], loop.Trainer]  # one for each regularizer
     predict: Callable[..., Any]
     variables: loop.Variables  # of the source on the host, with the original head

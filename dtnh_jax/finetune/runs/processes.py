@@ -129,7 +129,7 @@ def leave_at_once(error: BaseException, folder: Any) -> int:
     """Ends the process without waiting for others, which may be lost."""
     print(
         f"dtnh: process {jax.process_index()} can not continue, probably because "
-        f"another one was lost ({' '.join(str(error).split())[:300]}). Finished work is in "
+        f"another was lost ({' '.join(str(error).split())[:300]}). Finished work is in "
         f"{folder}; the same commands resume from there.",
         file=sys.stderr,
         flush=True,

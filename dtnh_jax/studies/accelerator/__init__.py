@@ -1,1 +1,1 @@
-"""What the library costs on an accelerator, and whether it is right there."""
+"""Measures and checks the library on an accelerator."""

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="how many programs are compiled at once",
     )
     options = parser.parse_args(arguments)
-    # What a command imports can take seconds, or be missing.
+    # Imports of a command can take seconds, or fail.
     if options.command == "check":
         from dtnh_jax.studies.accelerator import check
 
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     status = main()
     if any(thread.daemon for thread in threading.enumerate()):
-        # A compilation that is still under way would be waited for.
+        # Do not wait for compilations that are still running.
         sys.stdout.flush()
         os._exit(status)
     sys.exit(status)

@@ -1,4 +1,4 @@
-"""Whether updates and rules are right on the device that JAX has, in one minute."""
+"""Checks updates and rules on JAX's device against an oracle, in one minute."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from dtnh_jax.studies.accelerator.programs import Found, Program, compile_all, s
 SCOPES = ("global", "leaf", "unit", "element", "labels")
 _NORMS = (1e-3, 0.1, 0.8, 1.0, 1.1, 7.0, 1e3)
 _COSINES = (-0.9, -0.6, -0.2, 0.0, 0.2, 0.6, 0.9)
-# Of an update, relative to its two summands: what sums in single precision cost, and
+# Errors of an update relative to its two summands: of sums in single precision, and of
 # rules whose closed forms lose digits.
 _SUMS, _RULES = 3e-6, 1e-4
 _TINIEST = float(np.finfo(np.float32).tiny)  # of normal numbers
@@ -35,7 +35,7 @@ class Subject(NamedTuple):
 
     @property
     def title(self) -> str:
-        """What its lines begin with."""
+        """Start of its lines."""
         return f"{self.rule}, {self.scope}, {self.dtype}"
 
 
@@ -48,7 +48,7 @@ class Outcome(NamedTuple):
 
 
 class Updates:
-    """What a compiled transformation returns for pairs."""
+    """The updates of a compiled transformation for pairs."""
 
     def __init__(self, subject: Subject, found: Found):
         compiled = found[tuple(map(str, subject))]
@@ -78,7 +78,7 @@ def run(*, tiny: bool = False, workers: int = 8) -> int:
 
     Args:
       tiny: compare few pairs, in single precision at two scopes.
-      workers: how many programs are compiled at once.
+      workers: number of programs that are compiled at once.
     """
     print(", ".join(f"{key}: {value}" for key, value in about().items()), flush=True)
     count = 12 if tiny else 200
@@ -141,7 +141,7 @@ def _guarded(
     found: Found,
     count: int,
 ) -> list[Outcome]:
-    """The outcomes of a subject's checks; an error is one that has failed."""
+    """Returns the outcomes of a subject's checks; an exception is a failed check."""
     try:
         return list(checks(Updates(subject, found), count))
     except Exception as error:  # so that the others are checked
@@ -149,7 +149,7 @@ def _guarded(
 
 
 class Joined(NamedTuple):
-    """All numbers of many pairs, and of the updates, one after the other."""
+    """All numbers of many pairs and their updates, concatenated."""
 
     of: np.ndarray  # the group of each number, no two pairs sharing one
     g: np.ndarray
@@ -157,7 +157,7 @@ class Joined(NamedTuple):
     ours: np.ndarray
 
     def norms(self, values: np.ndarray) -> np.ndarray:
-        """The norm in each group."""
+        """Returns the norm in each group."""
         return np.sqrt(oracle.sums(self.of, values * values))
 
 
@@ -173,7 +173,7 @@ def _joined(subject: Subject, many: Sequence[Pair], outs: list[Flat]) -> Joined:
 
 
 def _of_scope(updates: Updates, count: int) -> Iterator[Outcome]:
-    """DTNH at one scope: the nearest point, whatever the pair."""
+    """Checks DTNH at one scope: its update is the nearest point, for every pair."""
     subject = updates.subject
     dtype, title = dtype_of(subject.dtype), subject.title
     for name in ("ordinary", "special", "extreme"):
@@ -203,7 +203,7 @@ def _of_scope(updates: Updates, count: int) -> Iterator[Outcome]:
 
 
 def _worst(subject: Subject, joined: Joined, exact: np.ndarray) -> float:
-    """The largest error in a group, in units of what rounding may cost there."""
+    """Returns the largest error of a group, relative to its rounding bound."""
     of_g = joined.norms(joined.g)
     size = of_g + joined.norms(joined.r)
     bound = _SUMS * size + _ROUNDING[subject.dtype] * joined.norms(exact)
@@ -215,7 +215,7 @@ def _worst(subject: Subject, joined: Joined, exact: np.ndarray) -> float:
 
 
 def _largest(errors: np.ndarray, bounds: np.ndarray) -> float:
-    """The largest ratio; where the bound is 0, so must be the error."""
+    """Returns the largest ratio; if a bound is 0, the error must be 0."""
     if not np.all(np.isfinite(errors)):
         return float("inf")
     ratios = errors / np.where(bounds > 0, bounds, 1)
@@ -223,7 +223,7 @@ def _largest(errors: np.ndarray, bounds: np.ndarray) -> float:
 
 
 def _without_overflow(joined: Joined, count: int) -> np.ndarray:
-    """What updates should be: `g` alone in each group whose sums overflow."""
+    """Returns the expected updates: `g` alone in each group whose sums overflow."""
     ends = np.cumsum([int(np.prod(shape)) for shape in pairs.SHAPES])
     place = np.arange(len(joined.g)) % (len(joined.g) // count)
     inside = (place >= ends[pairs.OVERFLOWS - 1]) & (place < ends[pairs.OVERFLOWS])
@@ -233,7 +233,7 @@ def _without_overflow(joined: Joined, count: int) -> np.ndarray:
 
 
 def _of_weights(rule: str) -> Iterator[Outcome]:
-    """A rule's weights on a grid of Gram matrices."""
+    """Checks a rule's weights on a grid of Gram matrices."""
     gram = oracle.grams(_NORMS, _COSINES)
     ours = jax.jit(getattr(rules, rule))(jnp.asarray(gram, jnp.float32))
     norms = np.sqrt(np.einsum("nii->ni", gram))
@@ -245,7 +245,7 @@ def _of_weights(rule: str) -> Iterator[Outcome]:
 
 
 def _of_rule(updates: Updates, count: int) -> Iterator[Outcome]:
-    """A rule's updates: what its weights make of both gradients in each group."""
+    """Checks a rule's updates: both gradients times its weights, in each group."""
     subject = updates.subject
     many = pairs.ordinary(4, count, dtype_of(subject.dtype), subject.shapes)
     joined = _joined(subject, many, updates(many)[0])

@@ -1,4 +1,4 @@
-"""Programs that are timed in turn and compared: the rows of one group and dtype."""
+"""Times programs in turn and compares them: the rows of one group and dtype."""
 
 import gc
 import itertools
@@ -13,7 +13,7 @@ from dtnh_jax.studies.accelerator.timing import Runner, interleaved
 
 
 class Entry(NamedTuple):
-    """One row, and how its steps are run."""
+    """A row and its programs."""
 
     name: str
     programs: tuple[Program, ...]
@@ -21,7 +21,7 @@ class Entry(NamedTuple):
     pattern: tuple[int, ...] = (0,)  # the programs of a period, one for each step
     against: tuple[str, ...] = ()  # names of entries to compare with
     reads: tuple[str, ...] | None = None  # keys of the data; all of them by default
-    refused: str | None = None  # why there can be no such row
+    refused: str | None = None  # reason why the row can not be measured
 
 
 class Contest(NamedTuple):
@@ -36,21 +36,21 @@ class Contest(NamedTuple):
     note: Callable[[Row, list[float], Mapping[str, "Steps"]], None] = lambda *_: None
 
     def only(self, names: Iterable[str]) -> "Contest":
-        """The same contest with some of its entries."""
+        """Returns the contest with some of its entries."""
         kept = set(names)
         return self._replace(entries=tuple(e for e in self.entries if e.name in kept))
 
     def programs(self) -> list[Program]:
-        """All programs, in order."""
+        """Returns all programs, in order."""
         return list(itertools.chain(*[entry.programs for entry in self.entries]))
 
     def planned(self) -> list[Row]:
-        """The rows, before anything is measured."""
+        """Returns the rows before measurement."""
         return [Row(self.group, entry.name, self.dtype) for entry in self.entries]
 
 
 class Steps:
-    """Runs an entry, and keeps the state that it is in."""
+    """Runs an entry, and keeps its state."""
 
     def __init__(self, entry: Entry, calls: list[Compiled], data: Any):
         self.state = entry.start()
@@ -66,7 +66,7 @@ class Steps:
 
 
 def refused(name: str, error: Exception) -> Entry:
-    """A row that says why it cannot be measured."""
+    """Returns an entry whose row can not be measured, with the reason."""
     reason = f"{type(error).__name__}: {first_line(error)}"
     return Entry(name, (), lambda: None, refused=reason)
 
@@ -124,13 +124,13 @@ def measure(contest: Contest, found: Found, results: Results, seconds: float) ->
 
 
 def peak_in_use() -> int | None:
-    """The most memory that the process has had on the device so far, if it tells."""
+    """Returns the peak memory of the process on the device, if it is reported."""
     stats = jax.devices()[0].memory_stats() or {}
     return stats.get("peak_bytes_in_use")
 
 
 def _say(row: Row) -> None:
-    """Prints a line, so that a run that is cut off has told."""
+    """Prints a line, so that an interrupted run has printed its results."""
     ms, where = row.milliseconds, f"{row.group}, {row.name}, {row.dtype}"
     if row.skipped is not None or ms is None:
         print(f"{where}: skipped, {row.skipped}", flush=True)

@@ -1,4 +1,4 @@
-"""The device, and arrays on it without compiling anything."""
+"""Describes the device, and puts arrays on it without compilation."""
 
 import platform
 from collections.abc import Callable
@@ -13,7 +13,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 def about() -> dict[str, Any]:
-    """What was measured on what."""
+    """Returns a description of the device and the versions."""
     device = jax.devices()[0]
     precision = getattr(jax.config, "jax_default_matmul_precision", None)
     return {
@@ -26,8 +26,8 @@ def about() -> dict[str, Any]:
 
 
 def put(tree: Any) -> Any:
-    """New copies on the device, also of arrays that are there already."""
-    # A CPU would share memory with the array, which is then given away.
+    """Copies arrays to the device, also those that are already there."""
+    # A CPU would share the memory of the array, which is then donated.
     copy = True if jax.default_backend() == "cpu" else None
     return jax.tree.map(lambda x: jax.device_put(np.array(x, copy=copy)), tree)
 
@@ -39,25 +39,25 @@ def host_normal(
     dtype: Any,
     alike: bool = False,
 ) -> np.ndarray:
-    """Random numbers on the host, which costs no compilation.
+    """Draws normal numbers on the host, without compilation.
 
     Args:
-      rng: where they come from.
-      shape: of the array.
-      scale: their standard deviation.
-      dtype: of the array.
-      alike: draw only one entry of the first axis and let all be views of it. That is
-        for large arrays, of which drawing all takes too long.
+      rng: generator of the numbers.
+      shape: shape of the array.
+      scale: standard deviation.
+      dtype: dtype of the array.
+      alike: draw only one entry of the first axis, and make all entries views of it,
+        for arrays that are too large to draw.
     """
     drawn = scale * rng.standard_normal(shape[1:] if alike else shape, np.float32)
     return np.broadcast_to(drawn.astype(dtype), shape)
 
 
 def on_host(function: Callable[..., Any], *args: Any) -> Any:
-    """Calls a function whose operations run on the host, and puts the result back.
+    """Calls a function on the host, and copies the result to the device.
 
-    For what runs once, such as making an optimizer's state: an accelerator would
-    compile a program for each of its shapes.
+    Use it for functions that run once, such as an optimizer's `init`: an accelerator
+    would compile a program for each shape.
     """
     try:
         host = jax.devices("cpu")[0]
@@ -68,7 +68,7 @@ def on_host(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def dtype_of(name: str) -> Any:
-    """The dtype of a name, as NumPy takes it.
+    """Returns NumPy's dtype for a name.
 
     Example:
       >>> dtype_of("bfloat16").itemsize
@@ -80,7 +80,7 @@ def dtype_of(name: str) -> Any:
 def same_structure(tree: Any, like: Any) -> Any:
     """Returns a tree's leaves in the structure of another tree.
 
-    Two regularizers may differ in nothing but the identity of their functions, which
-    is enough to need another program.
+    Two regularizers may differ only in the identity of their functions, which is enough
+    to need another program.
     """
     return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(tree))

@@ -26,10 +26,10 @@ def task(
     tokens: int = 512,
     rank: int = 8,
 ) -> Task:
-    """Full fine-tuning, or that of LoRA's factors beside frozen weights.
+    """Returns the task of full fine-tuning, or of LoRA's factors with frozen weights.
 
-    The reference's logits are computed in the step: for LoRA by the frozen weights, in
-    full fine-tuning by a second set of weights.
+    The step computes the reference's logits: for LoRA from the frozen weights, for full
+    fine-tuning from a second set of weights.
     """
     of = dtype_of(dtype)
     base = llama.weights(size, of)

@@ -35,9 +35,9 @@ class Size(NamedTuple):
 
 @functools.cache
 def weights(size: Size, dtype: Any, seed: int = 0) -> dict[str, Any]:
-    """Random weights on the host; those of layers are stacked along a first axis.
+    """Returns random weights on the host; those of layers are stacked.
 
-    They are made once for all that ask for them, and not to be changed.
+    They are cached: do not change them.
 
     Example:
       >>> tiny = weights(Size(layers=2, vocabulary=9), np.float32)
@@ -68,7 +68,7 @@ def weights(size: Size, dtype: Any, seed: int = 0) -> dict[str, Any]:
 
 
 def adapters(size: Size, rank: int, dtype: Any) -> dict[str, Any]:
-    """LoRA's factors of the projections q and v, none of them zero."""
+    """Returns LoRA's factors of the projections q and v, all nonzero."""
     rng = np.random.default_rng(1)
     outputs = {"q": size.width, "v": size.kv_heads * size.head}
     return {
@@ -83,7 +83,7 @@ def adapters(size: Size, rank: int, dtype: Any) -> dict[str, Any]:
 def logits(
     size: Size, params: Any, tokens: Int[Array, "B T"], lora: Any = None
 ) -> Float[Array, "B T V"]:
-    """The logits of every next token, in single precision."""
+    """Returns the logits of every next token, in single precision."""
     x = params["embedding"][tokens]
     rotation = _rotation(tokens.shape[1], size.head)
 

@@ -1,4 +1,4 @@
-"""The machine's ceilings, which everything else is compared with."""
+"""Measures the machine's limits: bandwidth and matrix products."""
 
 import functools
 from typing import Any
@@ -18,12 +18,12 @@ _PRODUCT = "matrix product"
 
 
 def contest(size: int, side: int, dtype: str) -> Contest:
-    """A copy of one array, by the runtime and by a kernel, and a matrix product.
+    """Returns the contest of two copies, by runtime and by kernel, and a product.
 
     Args:
-      size: numbers in the array that is copied.
-      side: rows and columns of the matrices.
-      dtype: of both.
+      size: number of entries of the copied array.
+      side: number of rows and columns of the matrices.
+      dtype: dtype of both.
     """
     x = jax.ShapeDtypeStruct((size,), dtype_of(dtype))
     matrix = jax.ShapeDtypeStruct((side, side), dtype_of(dtype))
@@ -47,7 +47,7 @@ def contest(size: int, side: int, dtype: str) -> Contest:
 
 
 def bandwidth(results: Results, dtype: str) -> float | None:
-    """The most bytes a second that a copy has moved, once that has been measured."""
+    """Returns the largest measured bytes per second of a copy, or None."""
     rows = [results.row(GROUP, name, dtype) for name in _COPIES]
     return max((row.more.get("GB/s", 0.0) * 1e9 for row in rows), default=0.0) or None
 

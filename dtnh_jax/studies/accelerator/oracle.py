@@ -1,7 +1,7 @@
-"""What updates and rules should be, in double precision NumPy, from definitions.
+"""The exact updates and weights, in double precision NumPy, from definitions.
 
-Updates are found as nearest points, weights as the solutions of the problems that rules
-solve; where both are known in closed form, no formula of the library is used.
+Updates are computed as nearest points, and weights as solutions of the problems that
+rules solve, without formulas of the library.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,10 +21,10 @@ def sums(of: Groups, values: Vector) -> Vector:
 
 
 def nearest(of: Groups, g: Vector, r: Vector) -> Vector:
-    """In each group the point nearest to `g + r` that has `<g, d> >= ||g||^2`.
+    """Returns, in each group, the point nearest to `g + r` with `<g, d> >= ||g||^2`.
 
-    By the conditions of Karush, Kuhn and Tucker it is `g + r + t g` with the least
-    `t >= 0` that is allowed, which is found by bisection.
+    By the conditions of Karush, Kuhn and Tucker it is `g + r + t g` with the smallest
+    feasible `t >= 0`, which bisection finds.
 
     Example:
       >>> nearest(np.array([0, 0]), np.array([1.0, 0.0]), np.array([-3.0, 2.0]))
@@ -43,11 +43,11 @@ def nearest(of: Groups, g: Vector, r: Vector) -> Vector:
 
 
 def groups(shapes: Sequence[tuple[int, ...]], scope: str) -> Groups:
-    """The group of every number of all leaves, one after the other.
+    """Returns the group of every number of all leaves, concatenated.
 
     Args:
-      shapes: of the leaves.
-      scope: of `dtnh`, or "labels", by which every second leaf is of one group.
+      shapes: shapes of the leaves.
+      scope: scope of `dtnh`, or "labels", which puts every second leaf in one group.
 
     Example:
       >>> groups([(2, 2), (1,)], "unit")

@@ -1,4 +1,4 @@
-"""Times of several programs in turn, in blocks that hide the host's own work."""
+"""Times several programs in turn, in blocks that hide the host's work."""
 
 import math
 import time
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Clock:
-    """How much is left of a time limit."""
+    """Measures the time until a limit."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds
@@ -34,7 +34,7 @@ class Spread(NamedTuple):
 
 
 class Runner(NamedTuple):
-    """Something to time."""
+    """A program to time."""
 
     step: Callable[[], Any]  # starts one step and returns what it leaves behind
     # Blocks hold a multiple of so many steps: the period of a program that alternates.
@@ -60,18 +60,17 @@ def interleaved(
     shortest_block: float = 0.03,
     rounds: int = 11,
 ) -> dict[str, list[float]]:
-    """Times every runner once a round, so that drifts of the machine hit all alike.
+    """Times every runner once per round, so that drifts of the machine affect all.
 
-    A block is several steps with one wait at its end: the accelerator works on one step
-    while the host starts the next.
+    A block has several steps and waits at its end: the accelerator runs one step while
+    the host starts the next.
 
     Args:
-      runners: by name.
-      seconds: about how long all of this may take. There are at least 3 rounds.
-      wait: waits for what a step has returned.
-      shortest_block: seconds that a block takes at least, unless that means too few
-        rounds.
-      rounds: how many there are at most.
+      runners: runners by name.
+      seconds: approximate time limit. There are at least 3 rounds.
+      wait: waits for the result of a step.
+      shortest_block: minimal seconds of a block, unless that means too few rounds.
+      rounds: largest number of rounds.
 
     Returns:
       Seconds of one step, for every round, by name.
@@ -104,13 +103,13 @@ def interleaved(
 
 
 def _steps(period: int, once: float, shortest_block: float, least: int) -> int:
-    """How many steps make a block long enough: a multiple of the period."""
+    """Returns the number of steps of a block, a multiple of the period."""
     wanted = math.ceil(shortest_block / max(once, 1e-6)) if least > 1 else 1
     return period * math.ceil(min(max(wanted, least), 400) / period)
 
 
 def _block(runner: Runner, steps: int, wait: Callable[[Any], Any]) -> float:
-    """Seconds of one step, the mean over a block of them."""
+    """Returns the seconds of one step, as the mean over a block."""
     started = time.perf_counter()
     left_behind = None
     for _ in range(steps):

@@ -9,9 +9,9 @@ def network(blocks: Sequence[int], width: int, classes: int) -> tuple[Any, Any]:
     """Builds a network of bottlenecks, in training.
 
     Args:
-      blocks: of each stage; ResNet-50 has 3, 4, 6 and 3.
-      width: of the first stage, 64 in ResNet-50.
-      classes: of the head.
+      blocks: number of blocks of each stage; ResNet-50 has 3, 4, 6 and 3.
+      width: width of the first stage, 64 in ResNet-50.
+      classes: number of classes.
 
     Returns:
       The module, and a function that maps images to logits and the features of every

@@ -1,7 +1,7 @@
-"""A profile of some updates: what the device did, and whether it waited for the host.
+"""Profiles updates: the device's work, and whether it waits for the host.
 
-The proof that an update never waits for the host has two halves. JAX's transfer guard
-fails on transfers that Python asks for; the trace shows those inside of programs.
+Two checks show that an update never waits for the host. JAX's transfer guard fails on
+transfers from Python; the trace shows transfers inside programs.
 """
 
 import gzip
@@ -26,7 +26,7 @@ _TO_HOST, _COPY = re.compile("memcpy ?d(to|2)h", re.I), re.compile("memcpy", re.
 def measure(
     contest: Contest, name: str, found: Found, results: Results, updates: int = 20
 ) -> None:
-    """Traces steps of one entry, and adds a row with what the trace tells."""
+    """Traces steps of one entry, and adds a row with a summary of the trace."""
     row = results.row(GROUP, f"{contest.group}: {name}", contest.dtype)
     (entry,) = contest.only([name]).entries
     calls, reason = ready(entry, found)
@@ -53,7 +53,7 @@ def measure(
 
 
 def _guarded(steps: Steps, updates: int) -> str:
-    """Whether updates run where every transfer to or from the host is forbidden."""
+    """Checks that updates run when every transfer to or from the host is forbidden."""
     try:
         with jax.transfer_guard("disallow"):
             for _ in range(updates):
@@ -65,15 +65,15 @@ def _guarded(steps: Steps, updates: int) -> str:
 
 
 def summary(events: Iterable[Mapping[str, Any]], updates: int) -> dict[str, Any]:
-    """What a trace in Chrome's format tells of the device's streams.
+    """Summarizes the device's streams of a trace in Chrome's format.
 
     Args:
-      events: of the trace.
-      updates: how many there were.
+      events: events of the trace.
+      updates: number of updates.
 
     Returns:
-      Kernels and copies for each update, copies to the host in all, and how the time
-      of the device is divided between work and gaps.
+      Kernels and copies for each update, the total of copies to the host, and the
+      division of the device's time between work and gaps.
 
     Example:
       >>> stream = {"name": "thread_name", "args": {"name": "Stream #1(Compute)"}}
@@ -120,9 +120,9 @@ def summary(events: Iterable[Mapping[str, Any]], updates: int) -> dict[str, Any]
 
 
 def _events(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """The events of the trace that the profiler has written below a folder.
+    """Returns the events of the trace that the profiler wrote below a folder.
 
-    JAX writes Chrome's format as well as its own; should it not, that is rewritten.
+    JAX writes Chrome's format as well as its own; if not, its own is converted.
     """
     for file in folder.rglob("*.trace.json.gz"):
         with gzip.open(file, "rt") as text:

@@ -1,4 +1,4 @@
-"""The transformation alone, against what the machine needs to move its bytes."""
+"""Times of the transformation alone, relative to the time to move its bytes."""
 
 import functools
 import math
@@ -41,12 +41,12 @@ PASSES = {
 }
 # The same in single precision, for state: two reads and a write.
 _PASSES_IN_SINGLE = {"DTNH, moving average": 3}
-# What rows are compared with; all others with `GLOBAL`.
+# The comparisons of rows; all others are compared with `GLOBAL`.
 _AGAINST = {COPY: (), BY_HAND: (), GLOBAL: (BY_HAND,), PULL_DTNH: (PULL_SUM,)}
 
 
 def leaf_shapes(size: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of arrays with about `size` numbers in all, like those of a network.
+    """Returns shapes of arrays with about `size` numbers in total, like a network's.
 
     Example:
       >>> leaf_shapes(10_000)["in_0"]
@@ -64,25 +64,24 @@ def leaf_shapes(size: int) -> dict[str, tuple[int, ...]]:
 
 
 def count(size: int) -> int:
-    """How many numbers there are in `leaf_shapes(size)`."""
+    """Returns how many numbers `leaf_shapes(size)` have."""
     return sum(math.prod(shape) for shape in leaf_shapes(size).values())
 
 
 def group(size: int) -> str:
-    """The title of the rows of one size."""
+    """Returns the title of the rows of one size."""
     return f"transformation, {size / 1e6:g}M parameters"
 
 
 def contest(size: int, dtype: str, bandwidth: Callable[[], float | None]) -> Contest:
-    """Everything that is timed at one size.
+    """Returns the contest of one size.
 
-    All write to memory that is there already, as in a training step whose buffers are
-    donated.
+    All entries write to existing memory, as in a training step with donated buffers.
 
     Args:
-      size: about how many parameters.
-      dtype: of the gradients.
-      bandwidth: returns the bytes a second of a large copy, once it is known.
+      size: approximate number of parameters.
+      dtype: dtype of the gradients.
+      bandwidth: returns the bytes per second of a large copy, once it is known.
     """
     like = {
         name: jax.ShapeDtypeStruct(shape, dtype_of(dtype))
@@ -136,13 +135,13 @@ def contest(size: int, dtype: str, bandwidth: Callable[[], float | None]) -> Con
 
 
 def _reads(name: str) -> tuple[str, ...]:
-    """What a variant reads: the rest would count as its memory."""
+    """Returns the arrays that a variant reads; others would count as its memory."""
     few = {COPY: ("g",), PULL_SUM: ("g", "r", "pull"), PULL_DTNH: ("g", "r", "pull")}
     return few.get(name, ("g", "r"))
 
 
 def _pull(source: Any) -> Any:
-    """L2-SP without its value, which would be passed a source of its own."""
+    """Returns L2-SP without its value, which would need another source."""
     return l2_sp(source)._replace(value=jax.tree_util.Partial(_no_value))
 
 
@@ -161,7 +160,7 @@ def _of_pair(tx: optax.GradientTransformationExtraArgs, held_out: bool = False) 
 
 
 def _pulled(pull: Any) -> Any:
-    """DTNH of L2-SP, whose source is an argument of the program; `r` is the weights."""
+    """Returns DTNH of L2-SP, whose source is an argument; `r` is the weights."""
 
     def update(state, data):
         tx = dtnh_jax.add_regularizer(data["pull"], STRENGTH)
@@ -187,7 +186,7 @@ def _pull_by_hand(state: Any, data: Any) -> Any:
 
 
 def by_hand(g: Any, r: Any) -> Any:
-    """DTNH in four lines, as it would be written without this library."""
+    """Computes DTNH in four lines, without this library."""
     gg, gr = _inner(g, g), _inner(g, r)
     share = jnp.minimum(gr, 0) / gg
     new = jax.tree.map(lambda g, r: g + STRENGTH * (r - share * g), g, r)
@@ -203,14 +202,14 @@ def _inner(left: Any, right: Any) -> Array:
 
 
 def _start(like: Any, tx: Any) -> Any:
-    """Memory to write to, in which everything that is not written shows, and state."""
+    """Returns output memory, filled so that unwritten parts show, and a state."""
     out = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), like)
     # Copies, since states may hold one array twice, which cannot be given away twice.
     return out, () if tx is None else jax.tree.map(jnp.copy, tx.init(out))
 
 
 def _data(like: Any, pull: Any) -> Any:
-    """Two gradients in conflict, and a regularizer with a source of its own."""
+    """Returns two gradients in conflict, and a regularizer with its own source."""
     g, noise, source = (_random(like, number) for number in range(3))
     r = jax.tree.map(lambda g, x: x - 0.1 * g, g, noise)
     return {"g": g, "r": r, "pull": same_structure(_pull(source), pull)}
@@ -234,7 +233,7 @@ def _note(
     seconds: list[float],
     runs: Mapping[str, Steps],
 ) -> None:
-    """Adds how far from the floor a row is, and whether its result is right."""
+    """Adds a row's distance from the floor, and the error of its result."""
     known, passes = bandwidth(), PASSES.get(row.name)
     if known and passes:
         single = _PASSES_IN_SINGLE.get(row.name, 0)
@@ -250,7 +249,7 @@ def _note(
 
 @jax.jit
 def _distance(ours: Any, theirs: Any) -> Array:
-    """The norm of a difference, relative to the second norm."""
+    """Returns the norm of a difference, relative to the second norm."""
     single = jnp.float32
     ours, theirs = (
         jax.tree.map(lambda x: x.astype(single), tree) for tree in (ours, theirs)

@@ -1,1 +1,1 @@
-"""How long things take: `python -m dtnh_jax.benchmarks`."""
+"""Benchmarks of time and memory: `python -m dtnh_jax.benchmarks`."""

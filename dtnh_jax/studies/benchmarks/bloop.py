@@ -1,4 +1,4 @@
-"""Bloop as its authors write it: two gradients, two calls of `jax.grad`."""
+"""Bloop as in its authors' code: two gradients from two calls of `jax.grad`."""
 
 from typing import NamedTuple
 
@@ -11,15 +11,15 @@ from dtnh_jax import GradientPair
 
 
 class BloopState(NamedTuple):
-    """What Bloop remembers of the steps before."""
+    """State of Bloop."""
 
-    average: PyTree  # of loss gradients
+    average: PyTree  # moving average of loss gradients
 
 
 def bloop(strength: float, rate: float = 0.1) -> optax.GradientTransformation:
     """`g + strength * (r - <m, r> / ||m||^2 * m)`, with `m` the moving average of `g`.
 
-    It has none of this library's care for scale, precision or what is not finite.
+    It does not handle extreme scales, half precision or numbers that are not finite.
 
     Args:
       strength: factor of the regularizer.
@@ -46,7 +46,7 @@ def bloop(strength: float, rate: float = 0.1) -> optax.GradientTransformation:
         del params
         g, r = updates
         m = jax.tree.map(lambda m, g: m + rate * (g - m), state.average, g)
-        # The authors add 1e-7 to a squared norm, to divide by zero never.
+        # The authors add 1e-7 to the squared norm, against division by zero.
         share = _inner(m, r) / (_inner(m, m) + 1e-7)
         new = jax.tree.map(lambda g, r, m: g + strength * (r - share * m), g, r, m)
         return new, BloopState(m)
@@ -55,7 +55,7 @@ def bloop(strength: float, rate: float = 0.1) -> optax.GradientTransformation:
 
 
 def two_gradients(objective, *args) -> tuple[GradientPair, PyTree]:
-    """Both gradients of `objective(*args) -> (loss, regularizer), aux`, one by one."""
+    """Returns both gradients of `objective(*args) -> (loss, regularizer), aux`."""
 
     def pick(number):
         def term(*args) -> tuple[Array, PyTree]:

@@ -1,4 +1,4 @@
-"""DTNH in its fewest lines, as it would be written without this library."""
+"""DTNH in as few lines as possible, without this library."""
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +8,14 @@ import optax
 def by_hand(strength: float) -> optax.GradientTransformation:
     """`g + strength * (r - min(<g, r>, 0) / ||g||^2 * g)`, of all parameters together.
 
-    It has three sums, of which the third is for a log that tells the angle, and none of
-    this library's care for scale, scopes, or what is not finite.
+    It has three sums, one of them only to log the angle. It does not handle extreme
+    scales, scopes, or numbers that are not finite.
 
     Args:
       strength: factor of the regularizer.
 
     Returns:
-      A transformation of a `GradientPair`. Its state is the angle's cosine.
+      A transformation of a `GradientPair`. Its state is the cosine of the angle.
 
     Example:
       >>> from dtnh_jax import GradientPair

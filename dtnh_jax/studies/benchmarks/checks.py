@@ -1,4 +1,4 @@
-"""Whether the options of the benchmarks can be meant, before anything is built."""
+"""Checks the options of the benchmarks before anything is built."""
 
 from dtnh_jax.finetune.weights.sources import is_source, known_sources
 from dtnh_jax.studies.benchmarks import peers, regularizers
@@ -6,11 +6,10 @@ from dtnh_jax.studies.benchmarks.config import Config
 
 
 def check(config: Config) -> None:
-    """Checks what can be checked before anything is built.
+    """Checks the options.
 
     Raises:
-      ValueError: naming the option, what was given, and what would be right; or the
-        packages that `--peers` lacks.
+      ValueError: an option is wrong, or `--peers` lacks packages.
     """
     for name in (
         "rounds",

@@ -1,4 +1,4 @@
-"""`python -m dtnh_jax.benchmarks`: a table of times, all measured in turn."""
+"""`python -m dtnh_jax.benchmarks`: measures a table of times."""
 
 import pathlib
 import sys
@@ -12,17 +12,17 @@ from dtnh_jax.studies.benchmarks.config import Config
 
 
 def run(argv: Sequence[str]) -> int:
-    """Runs what the command line asks for.
+    """Runs the command.
 
     Args:
       argv: the arguments, without the program's name.
 
     Returns:
-      The exit status: 0, or 2 for arguments that can not be used or packages that are
-      missing, after one line on stderr.
+      The exit status: 0, or 2 for wrong arguments or missing packages, after one line
+      on stderr.
     """
     config = tyro.cli(Config, prog="python -m dtnh_jax.benchmarks", args=list(argv))
-    # Here, so that `--help` is answered at once.
+    # Imported here because `--help` should not wait for Flax.
     from rich.console import Console
 
     from dtnh_jax.studies.benchmarks import report
@@ -30,7 +30,7 @@ def run(argv: Sequence[str]) -> int:
 
     console = Console()
     if not console.is_terminal:
-        console.width = 200  # of a log, where nothing has to fit
+        console.width = 200  # a log has no width of its own
     try:
         path = expanded(config.output)
         if config.report_only:
@@ -53,7 +53,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _measure(config: Config, path: pathlib.Path, console: Any) -> dict[str, Any]:
-    """Measures, and writes what there is after each part."""
+    """Measures, and writes the results so far after each part."""
     import dataclasses
     import time
 

@@ -27,26 +27,26 @@ DEFAULT_GROUPS: tuple[Group, ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Measures what resolving conflicts costs, and says which targets are met.
+    """Measures the cost of resolving conflicts, and reports which targets are met.
 
-    Whatever is compared is run in turn, again and again. A ratio is the median of the
-    ratios within a round, and its range that of the middle half of the rounds. The
-    results, their table and their picture are written to files of one name.
+    Programs that are compared run in turn, in every round. A ratio is the median of the
+    ratios within rounds, and its range is the middle half of the rounds. Results, table
+    and picture are written to files with the same name.
     """
 
     groups: tuple[Group, ...] = DEFAULT_GROUPS
-    """What to measure: `transformation` alone, at several sizes; whole training
-    `steps`; the same with the rule of `bloop` and as its authors write it; TorchJD in
+    """Groups to measure: the `transformation` alone, at several sizes; whole training
+    `steps`; steps with the rule of `bloop`, here and in its authors' code; TorchJD in
     PyTorch (`peers`); times to `compile`, and `memory`; all three on an `mlp`;
     `regularizers` of the fine-tuning command; `language`, the steps of `dtnh lm`."""
     peers: bool = False
-    """Measure the group `peers` too: pip install 'dtnh-jax[peers]'."""
+    """Also measure the group `peers`: pip install 'dtnh-jax[peers]'."""
     rounds: int = 15
-    """How often everything is run and timed."""
+    """Rounds in which everything is timed."""
     compile_rounds: int = 3
-    """How often every step is compiled, for the groups `compile` and `mlp`."""
+    """Rounds in which every step is compiled, for the groups `compile` and `mlp`."""
     sizes: tuple[int, ...] = (1_000_000, 10_000_000, 100_000_000)
-    """Parameters, for the group `transformation`."""
+    """Numbers of parameters, for the group `transformation`."""
     batch_size: int = 64
     """Examples in a batch."""
     source: str = "efficientnet-lite0"
@@ -54,8 +54,8 @@ class Config:
     image_size: int = 64
     """Height and width of its images, in pixels."""
     residual_size: int = 29
-    """Height and width of the small residual network's images, in pixels. At 29, both
-    frameworks pad alike."""
+    """Height and width of the small residual network's images, in pixels. With 29, both
+    frameworks use the same padding."""
     layers: int = 2
     """Layers of the transformer encoder."""
     width: int = 256
@@ -80,7 +80,7 @@ class Config:
         "lora_decay+dtnh",
     )
     """Methods of the fine-tuning command, for the group `regularizers`. Each is
-    compared with its own baseline, `fine-tuning` or `lora`, which has to be one."""
+    compared with its baseline, `fine-tuning` or `lora`, which must be among them."""
     language_model: str = "smollm2-135m"
     """Model of the group `language`, as `dtnh lm --model`."""
     language_target: str = "fortunes-de"
@@ -90,9 +90,9 @@ class Config:
     language_tokens: tuple[int, int] = (4, 64)
     """Rows of its batch, and tokens of a row."""
     output: pathlib.Path = pathlib.Path("runs", "benchmarks", "benchmarks.json")
-    """File for the results; the picture and the page are beside it."""
+    """File for the results; picture and table are written beside it."""
     report_only: bool = False
-    """Measure nothing: show and draw again what is in --output."""
+    """Measure nothing: show and draw the results in --output again."""
 
     @property
     def wanted(self) -> tuple[str, ...]:

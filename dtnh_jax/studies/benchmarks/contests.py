@@ -1,4 +1,4 @@
-"""Contests of training steps, compiled once for all groups of rows."""
+"""Compares times of training steps, which are compiled once for all groups."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -19,7 +19,7 @@ class Compiled:
         self._compiled: dict[tuple[str, str], tuple[steps.Program, list[Any]]] = {}
 
     def of(self, network: Network, name: str) -> tuple[steps.Program, list[Any]]:
-        """The steps of a method, and what runs them."""
+        """Returns the steps of a method and their executables."""
         key = network.name, name
         if key not in self._compiled:
             made = steps.program(network, name)
@@ -29,12 +29,12 @@ class Compiled:
     def calls(
         self, network: Network, names: Iterable[str]
     ) -> dict[str, Callable[[], Any]]:
-        """What takes a step or some further at each call, by method."""
+        """Returns functions that take a method's steps at each call, by method."""
         return {name: _repeated(*self.of(network, name)) for name in names}
 
 
 def _repeated(made: steps.Program, executables: list[Any]) -> Callable[[], Any]:
-    # A copy, because the first step would take away what other methods start from.
+    # A copy, because the first step donates the initial state of the other methods.
     state = jax.tree.map(lambda x: jnp.array(x, copy=True), made.state)
 
     def call():
@@ -56,7 +56,7 @@ def contest(
     compiled: Compiled,
     rounds: int,
 ) -> list[Row]:
-    """Times a step of each method in turn; of several steps in a call, their mean."""
+    """Times a step of each method in turn; with several steps per call, their mean."""
     seconds = interleaved(compiled.calls(network, names), rounds)
     each = {name: taken / steps.METHODS[name].steps for name, taken in seconds.items()}
     return timed(group, network.name, each, steps.COMPARISONS)

@@ -1,4 +1,4 @@
-"""A small transformer encoder: matrix products, which every framework does well."""
+"""A small transformer encoder, which consists mostly of matrix products."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -6,17 +6,17 @@ from jaxtyping import Array, Float
 
 
 class Layer(nn.Module):
-    """Self-attention and a perceptron, each after a normalisation and beside a path.
+    """Self-attention and a perceptron, each with a normalisation and a residual.
 
     Args:
-      heads: of the attention; they divide the width.
+      heads: number of attention heads, which divides the width.
     """
 
     heads: int = 4
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        """Returns what is handed to the next layer."""
+        """Returns the layer's output."""
         batch, tokens, width = x.shape
         y = nn.LayerNorm(epsilon=1e-5, name="norm_1")(x)
         y = nn.Dense(3 * width, name="qkv")(y)

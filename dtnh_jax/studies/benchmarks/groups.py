@@ -1,4 +1,4 @@
-"""Which rows each group of the table has."""
+"""The rows of each group of the table."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -17,15 +17,14 @@ from dtnh_jax.studies.benchmarks.config import Config
 from dtnh_jax.studies.benchmarks.networks import Network
 from dtnh_jax.studies.benchmarks.rows import Row
 
-# What is measured, in a few words, and the function that does it.
+# A short title, and the function that measures.
 Part = tuple[str, Callable[[], list[Row]]]
 
 
 def parts(config: Config) -> Iterator[Part]:
-    """What there is to do, one after the other.
+    """Yields the parts to measure.
 
-    Programs are kept from one part to the next, since what takes time in a short run
-    is to compile them.
+    Parts share compiled programs, because compilation takes most of a short run.
     """
     compiled = contests.Compiled()
 

@@ -1,4 +1,4 @@
-"""Where the price shows: networks of many parameters, trained with small batches.
+"""Costs on networks with many parameters and small batches, where they show most.
 
 Every way to add L2-SP is compared with the plain sum and with DTNH by hand, in the time
 of a step, in temporary memory, and in the time to trace and compile.
@@ -16,18 +16,18 @@ from dtnh_jax.studies.benchmarks.timing import interleaved
 
 GROUP = "mlp"
 _PLAIN, _BY_HAND, _GLOBAL = steps.L2_SP, steps.L2_SP_BY_HAND, steps.L2_SP_DTNH
-# These share one inner product among many parameters; those have one each or nearly.
+# Coarse scopes share an inner product among many parameters, fine ones among few.
 _COARSE = (_GLOBAL, steps.L2_SP_LEAF, steps.L2_SP_LABELS)
 _FINE = (steps.L2_SP_UNIT, steps.L2_SP_ELEMENT)
 NAMES = (_PLAIN, _BY_HAND, *_COARSE, *_FINE, steps.L2_SP_NEVER_HURT)
 
-_FINE_TO_GLOBAL = 1.25  # the most that a step may take
+_FINE_TO_GLOBAL = 1.25  # target of a step's time
 _COMPILE = 1.3  # of DTNH by hand, for the coarse scopes
 _TREES = 2  # like the parameters, that the fine scopes may need for a time
 
 
 class Targets(NamedTuple):
-    """What version 0.3 has at the coarse scopes, as multiples of the plain sum."""
+    """Results of version 0.3 at the coarse scopes, as multiples of the plain sum."""
 
     time: float | None = None
     memory: float | None = None
@@ -46,14 +46,14 @@ def measure(
     rounds: int,
     compile_rounds: int,
 ) -> list[Row]:
-    """Times, memory and compilation of one network.
+    """Measures times, memory and compilation of one network.
 
     Args:
       network: see `networks.perceptron`.
-      targets: for the coarse scopes.
-      compiled: where programs are kept.
-      rounds: how often each step is timed.
-      compile_rounds: how often each is compiled.
+      targets: targets of the coarse scopes.
+      compiled: cache of programs.
+      rounds: rounds in which each step is timed.
+      compile_rounds: rounds in which each is compiled.
     """
     seconds = interleaved(compiled.calls(network, NAMES), rounds)
     return [
@@ -66,7 +66,7 @@ def measure(
 
 
 def _of_times(targets: Targets) -> Mapping[str, list[Against]]:
-    """Comparisons of the time of a step."""
+    """Returns the comparisons of a step's time."""
     coarse = [one(_PLAIN, targets.time), one(_BY_HAND)]
     fine = [one(_PLAIN), one(_BY_HAND), one(_GLOBAL, _FINE_TO_GLOBAL)]
     return {
@@ -91,7 +91,7 @@ _OF_COMPILING = {
 def _memory(
     network: Network, targets: Targets, compiled: contests.Compiled
 ) -> list[Row]:
-    """Megabytes that a step needs beside its arguments and results, and gives back."""
+    """Returns the temporary memory of steps, in megabytes."""
     found = {}
     for name in NAMES:
         stats = compiled.of(network, name)[1][0].memory_analysis()

@@ -1,4 +1,4 @@
-"""What is trained in the benchmarks: a network, its source, and one batch of noise."""
+"""The networks of the benchmarks, each with its source and a batch of noise."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,21 +23,21 @@ _CHANNELS = 16  # of a token
 
 
 class Network(NamedTuple):
-    """A network that is a little way from its source."""
+    """A network whose parameters differ slightly from its source."""
 
     name: str
     params: Any
     batch_stats: Any  # empty for a network that has none
     source_params: Any
-    # "inputs", "labels", and what the "teacher" makes of them, by layer: its forward
-    # pass is not timed, since it is the same for all.
+    # "inputs", "labels", and the features of the "teacher" by layer. Its forward pass
+    # is the same for all methods and not timed.
     batch: dict[str, Any]
     # (params, batch_stats, batch) -> (loss, distance of features), batch_stats
     objective: Callable[[Any, Any, Any], tuple[tuple[Array, Array], Any]]
 
 
 def residual(batch_size: int, image_size: int) -> Network:
-    """ResNet-8 on grey images."""
+    """Returns ResNet-8 on grey images."""
     inputs = _noise((batch_size, image_size, image_size, 1))
     module = ResNet8(CLASSES)
     variables = jax.jit(partial(module.init, train=False))(jax.random.key(0), inputs)
@@ -45,7 +45,7 @@ def residual(batch_size: int, image_size: int) -> Network:
 
 
 def encoder(batch_size: int, layers: int, width: int, tokens: int) -> Network:
-    """A transformer encoder, distilled at every layer."""
+    """Returns a transformer encoder, distilled at every layer."""
     inputs = _noise((batch_size, tokens, _CHANNELS))
     module = Encoder(CLASSES, layers, width)
     variables = jax.jit(module.init)(jax.random.key(0), inputs)
@@ -54,7 +54,7 @@ def encoder(batch_size: int, layers: int, width: int, tokens: int) -> Network:
 
 
 def perceptron(batch_size: int, layers: int, width: int) -> Network:
-    """Square matrices, as many as layers, with many parameters for what they do."""
+    """Returns a perceptron of square matrices: many parameters, little computation."""
     inputs = _noise((batch_size, width))
     module = Perceptron(CLASSES, layers, width)
     variables = jax.jit(module.init)(jax.random.key(0), inputs)
@@ -63,7 +63,7 @@ def perceptron(batch_size: int, layers: int, width: int) -> Network:
 
 
 def pretrained(source_name: str, batch_size: int, image_size: int) -> Network:
-    """A source of the fine-tuning command, with a new head."""
+    """Returns a source of the fine-tuning command, with a new head."""
     source = load_source(source_name)
     shape = (batch_size, image_size, image_size, 3)
     pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)

@@ -20,19 +20,19 @@ PACKAGES = ("torch", "torchjd", "qpsolvers", "quadprog")
 PLAIN, RESOLVED = "ours, plain", "ours, DTNH"
 FLOOR = f"ours, {steps.FLOOR}"
 TORCH_PLAIN = "PyTorch, plain"
-# By default both gradients are taken at once, by `torch.vmap`; "in turn" is TorchJD's
-# `parallel_chunk_size=1`, which is what suits a CPU.
+# By default `torch.vmap` computes both gradients at once; "in turn" is TorchJD's
+# `parallel_chunk_size=1`, which suits a CPU.
 PEERS = {
     "TorchJD PCGrad": ("PCGrad", None),
     "TorchJD UPGrad": ("UPGrad", None),
     "TorchJD UPGrad, in turn": ("UPGrad", 1),
 }
-# OpenMP's threads spin for some milliseconds after their work.
+# OpenMP's threads spin for a few milliseconds after their work.
 _PAUSE = 0.02
 
 
 def check_installed() -> None:
-    """Raises ValueError, with the cure, if a peer is not installed."""
+    """Raises ValueError if a peer is not installed; the message says how to."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
@@ -42,20 +42,21 @@ def check_installed() -> None:
 
 
 def versions() -> dict[str, str]:
-    """The peers' versions, to be told with results."""
+    """Returns the peers' versions, for the results."""
     return {name: importlib.metadata.version(name) for name in ("torch", "torchjd")}
 
 
 def measure(network: Network, rounds: int, is_convolutional: bool) -> list[Row]:
-    """Times of steps in both frameworks.
+    """Times steps in both frameworks.
 
     Args:
-      network: in linen.
-      rounds: how often each step is timed.
-      is_convolutional: whether absolute times have no target.
+      network: a network in linen.
+      rounds: rounds in which each step is timed.
+      is_convolutional: whether the network is convolutional; then absolute times have
+        no target.
 
     Raises:
-      ValueError: if the two frameworks do not compute the same.
+      ValueError: the two frameworks compute different values.
     """
     compiled = contests.Compiled()
     named = {
@@ -83,7 +84,7 @@ def measure(network: Network, rounds: int, is_convolutional: bool) -> list[Row]:
 
 
 def _against(name: str, absolute: float | None) -> list[Against]:
-    """Compares costs over a plain step of each framework's own, and times as such."""
+    """Compares absolute times, and times relative to each framework's plain step."""
 
     def at_their_cost(seconds: Seconds) -> Any:
         return seconds[PLAIN] * seconds[name] / seconds[TORCH_PLAIN]
@@ -98,7 +99,7 @@ def torch_steps(network: Network) -> dict[str, Callable[[], Any]]:
     """Training steps in PyTorch, plain and resolved, by name."""
     import torch
 
-    # As many as XLA uses.
+    # The number of threads that XLA uses.
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     check_same(network)
     steps_ = {TORCH_PLAIN: _torch_step(network, None, None)}
@@ -108,7 +109,7 @@ def torch_steps(network: Network) -> dict[str, Callable[[], Any]]:
 
 
 def check_same(network: Network) -> None:
-    """Makes sure that values and gradients are the same in both frameworks.
+    """Checks that values and gradients are the same in both frameworks.
 
     Raises:
       ValueError: naming the first that is not.

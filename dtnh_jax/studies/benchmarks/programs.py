@@ -1,4 +1,4 @@
-"""What programs cost before they run: the time to compile them, and their memory."""
+"""Costs of programs that are known before they run: compile time and memory."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from dtnh_jax.studies.benchmarks.networks import Network
 from dtnh_jax.studies.benchmarks.rows import Against, Row, one, timed
 from dtnh_jax.studies.benchmarks.timing import Spread, interleaved
 
-_TARGET = 1.2  # of the step in which gradients are simply added
+_TARGET = 1.2  # relative to the step that adds the gradients
 _COMPILED: Mapping[str, Sequence[Against]] = {
     steps.L2_SP: [],
     steps.L2_SP_BY_HAND: [one(steps.L2_SP)],
@@ -37,18 +37,18 @@ def compile_times(
     comparisons: Mapping[str, Sequence[Against]] = _COMPILED,
     group: str = "compile",
 ) -> list[Row]:
-    """Seconds to trace and compile a step.
+    """Measures the seconds to trace and compile a step.
 
     Args:
-      network: what is trained.
-      rounds: how often each step is compiled.
-      comparisons: by each of `steps.METHODS` that is compiled. By default plain, with
-        DTNH, and with it by hand.
-      group: of the rows.
+      network: the network.
+      rounds: rounds in which each step is compiled.
+      comparisons: comparisons by name of `steps.METHODS`. By default the plain step,
+        DTNH, and DTNH by hand.
+      group: group of the rows.
     """
     programs = {name: steps.program(network, name) for name in comparisons}
     for made in programs.values():
-        made.lower()  # the first time, much is imported and traced that stays
+        made.lower()  # the first call imports and traces more than later ones
 
     def compiling(name):
         return lambda: programs[name].compile() and None
@@ -60,7 +60,7 @@ def compile_times(
 
 
 def memory(network: Network, compiled: contests.Compiled) -> list[Row]:
-    """Bytes that a step has in use at its peak, as the compiler knows them."""
+    """Measures the peak memory of a step in bytes, by the compiler's analysis."""
     found = {}
     for name in dict.fromkeys([*_KEPT.values(), *_KEPT]):
         stats = compiled.of(network, name)[1][0].memory_analysis()
@@ -81,13 +81,13 @@ def memory(network: Network, compiled: contests.Compiled) -> list[Row]:
 
 
 def exactly(value: float) -> Spread:
-    """A number that is the same in every round."""
+    """Returns a spread for a number without variation."""
     return Spread(value, value, value)
 
 
 @contextlib.contextmanager
 def _nothing_from_disk() -> Iterator[None]:
-    """Has every program compiled, even if one like it has been stored."""
+    """Disables the compilation cache, so that every program is compiled."""
     before = jax.config.jax_enable_compilation_cache  # pyright: ignore  (made at run time)
     # The flag is read once, until the cache is reset.
     jax.config.update("jax_enable_compilation_cache", False)

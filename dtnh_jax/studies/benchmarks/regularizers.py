@@ -1,4 +1,4 @@
-"""What a regularizer costs in a step of fine-tuning, against the step without it."""
+"""Costs of regularizers in a step of fine-tuning, relative to the step without one."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -22,10 +22,10 @@ CLASSES = 2
 
 
 def contests(names: Sequence[str]) -> list[list[str]]:
-    """Methods that are compared with each other, the baseline first.
+    """Returns groups of methods that are compared, with their baseline first.
 
     Raises:
-      ValueError: if a name is unknown, or a baseline is not among them.
+      ValueError: a name is unknown, or a baseline is missing.
     """
     groups: dict[str, list[str]] = {}
     for name in names:
@@ -44,11 +44,11 @@ def steps_of(
     """Returns a train step for each method, on pixels of noise.
 
     Args:
-      names: of `finetune.methods.METHODS`. A regularizer of the weights that needs an
-        estimate gets one of the right shape; others that need one are not known here.
+      names: names of `finetune.methods.METHODS`. A regularizer of the weights that
+        needs an estimate gets one of the right shape; others are not supported.
       batch_size: images in a batch.
-      image_size: their height and width.
-      source_name: of the network.
+      image_size: height and width of images.
+      source_name: name of the pretrained network.
     """
     source = load_source(source_name)
     original = original_variables(source)
@@ -60,7 +60,7 @@ def steps_of(
     }
     network = source.module(CLASSES)
     config = Config(methods=tuple(names))
-    # Of a seed's teacher, as `--cache-teacher` has it.
+    # Features of the teacher, as with `--cache-teacher`.
     teacher = jax.jit(functools.partial(loop.look, source))(original, batch["image"])
 
     @functools.cache
@@ -106,7 +106,7 @@ def measure(
     rounds: int,
     source_name: str,
 ) -> list[Row]:
-    """Times of a step of each method, the first of which is the others' baseline."""
+    """Times a step of each method; the first method is the baseline of the others."""
     calls = steps_of(names, batch_size, image_size, source_name)
     seconds = interleaved(calls, rounds)
     comparisons = {name: [one(names[0])] for name in names[1:]}

@@ -1,4 +1,4 @@
-"""From rows to a file of results, a picture, and tables for a screen and a page."""
+"""Writes rows as a file of results, a picture and tables."""
 
 import importlib.metadata
 import json
@@ -30,7 +30,7 @@ _MET = {None: "", True: "yes", False: "no"}
 
 
 def described_machine(others: Mapping[str, str]) -> dict[str, Any]:
-    """What was measured on: cores, memory and versions."""
+    """Returns a description of the machine: cores, memory and versions."""
     found = machine()
     if hasattr(os, "sched_getaffinity"):
         found["usable_cores"] = len(os.sched_getaffinity(0))
@@ -46,7 +46,7 @@ def write(path: pathlib.Path, results: dict[str, Any]) -> None:
     """Writes the results, and draws them.
 
     Args:
-      path: of the JSON file. The picture and the table on a page are beside it, with
+      path: path of the JSON file. The picture and the table are written beside it, with
         the suffixes `.png` and `.md`.
       results: `machine`, `options` and `rows`.
     """
@@ -56,10 +56,10 @@ def write(path: pathlib.Path, results: dict[str, Any]) -> None:
 
 
 def draw(path: pathlib.Path, results: dict[str, Any]) -> None:
-    """Makes the page of what has been written, and a picture of what has a target."""
+    """Writes the table of the results, and a picture of rows with a target."""
     rows = results["rows"]
     compared = [row for row in rows if row["ratio"] is not None]
-    # What has no target would make the picture too long to look at.
+    # Rows without a target would make the picture too long.
     aimed = [row for row in compared if row["target"] is not None] or compared
     if aimed:
         figure = plots.benchmark_ratios(aimed)
@@ -70,10 +70,10 @@ def draw(path: pathlib.Path, results: dict[str, Any]) -> None:
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
-    """Reads what `write` wrote.
+    """Reads a file of `write`.
 
     Raises:
-      ValueError: if there is none, or it is not such a file.
+      ValueError: the file is missing, or of another kind.
     """
     try:
         results = json.loads(path.read_text())
@@ -99,14 +99,14 @@ def show(console: Console, results: dict[str, Any]) -> None:
 
 
 def on_machine(results: dict[str, Any]) -> str:
-    """Says in one line what was measured on."""
+    """Returns a line on the machine."""
     return ", ".join(
         f"{key.replace('_', ' ')} {value}" for key, value in results["machine"].items()
     )
 
 
 def cells(row: Mapping[str, Any]) -> Sequence[str]:
-    """What stands in a line of the table.
+    """Returns the cells of a row of the table.
 
     Example:
       >>> value = {"value": 12.34, "value_low": 12.0, "value_high": 13.0, "unit": "ms"}

@@ -1,4 +1,4 @@
-"""The rows of the table, from the times of the things in it."""
+"""Makes rows of the table from measured times."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -7,15 +7,15 @@ from dtnh_jax.studies.benchmarks.timing import Seconds, Spread, spread
 
 
 class Against(NamedTuple):
-    """What something is compared with, round by round."""
+    """A comparison, round by round."""
 
     label: str
-    seconds: Callable[[Seconds], Any]  # how long it would take with a ratio of 1
-    target: float | None = None  # what the ratio should be at most
+    seconds: Callable[[Seconds], Any]  # the time for a ratio of 1
+    target: float | None = None  # the largest ratio that meets the target
 
 
 class Row(NamedTuple):
-    """One thing that was measured; with what it is compared with, if anything."""
+    """A measurement, with its comparison if there is one."""
 
     group: str
     subject: str  # such as a network
@@ -34,7 +34,7 @@ class Row(NamedTuple):
         return self.ratio.median <= self.target
 
     def plain(self) -> dict[str, Any]:
-        """The row ready for JSON, without nesting."""
+        """Returns the row for JSON, without nesting."""
         record: dict[str, Any] = {"is_met": self.is_met}
         for key, value in self._asdict().items():
             if key in ("value", "ratio"):
@@ -46,7 +46,7 @@ class Row(NamedTuple):
 
 
 def one(name: str, target: float | None = None, label: str | None = None) -> Against:
-    """Compares with one of the other things that were timed."""
+    """Returns a comparison with another timed function."""
     return Against(label or name, lambda seconds: seconds[name], target)
 
 
@@ -57,14 +57,14 @@ def timed(
     comparisons: Mapping[str, Sequence[Against]],
     unit: str = "ms",
 ) -> list[Row]:
-    """Rows of a contest: one for each comparison, or one alone where there is none.
+    """Returns a row for each comparison, or a single row without comparison.
 
     Args:
-      group: of rows.
-      subject: what was timed.
-      seconds: of every round, by name.
-      comparisons: by name; those of things that were not timed are left out.
-      unit: of the values, `"ms"` or `"s"`.
+      group: group of the rows.
+      subject: the subject, such as a network.
+      seconds: seconds of every round, by name.
+      comparisons: comparisons by name; those with untimed functions are left out.
+      unit: unit of the values, `"ms"` or `"s"`.
 
     Example:
       >>> import numpy as np

@@ -1,4 +1,4 @@
-"""Full training steps: forward, backward, resolution, optimizer, all in one program."""
+"""Training steps of forward, backward, resolution and optimizer in one program."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -31,7 +31,7 @@ BLOOP, OURS_AS_BLOOP = "Bloop, two jax.grad", "Bloop's rule, ours"
 
 
 class State(NamedTuple):
-    """All that a step changes."""
+    """The state of training."""
 
     params: Any
     batch_stats: Any
@@ -39,7 +39,7 @@ class State(NamedTuple):
 
 
 class Data(NamedTuple):
-    """What a step is given; nothing of it is a constant of the program."""
+    """The arguments of a step; none of them is a constant of the program."""
 
     batch: Any
     pull: regularizers.WeightRegularizer
@@ -50,21 +50,21 @@ Gradients = Callable[[Network, State, Data], tuple[Any, Any]]
 
 
 class Method(NamedTuple):
-    """What gradients a step takes, and what becomes of them."""
+    """The gradients of a step, and their transformation."""
 
     gradients: Gradients
-    # What stands before the optimizer.
+    # The transformation before the optimizer.
     resolve: Callable[[Data], optax.GradientTransformation] = lambda data: (
         optax.identity()
     )
-    # A method that only takes gradients has no optimizer, and leaves the state.
+    # A method that only computes gradients has no optimizer and keeps the state.
     has_optimizer: bool = True
-    # How many steps a call takes, the first of which refreshes weights.
+    # Number of steps in a call; the first one refreshes the weights.
     steps: int = 1
 
 
 class Program(NamedTuple):
-    """Steps to be compiled: pure functions of the state, which they may reuse."""
+    """Steps to be compiled: pure functions that may reuse the memory of the state."""
 
     steps: tuple[Callable[[State, Data], Any], ...]  # that a call takes
     state: State
@@ -72,7 +72,7 @@ class Program(NamedTuple):
     is_advancing: bool
 
     def lower(self) -> dict[Callable[..., Any], Any]:
-        """Traces the steps, anew each time: once each that are the same."""
+        """Traces each distinct step once, again at every call."""
         donated = (0,) if self.is_advancing else ()
         return {
             step: jax.jit(functools.partial(step), donate_argnums=donated).lower(
@@ -82,7 +82,7 @@ class Program(NamedTuple):
         }
 
     def compile(self) -> list[Any]:
-        """Returns what runs the steps, one after the other."""
+        """Returns the executables of the steps, in order."""
         compiled = {step: traced.compile() for step, traced in self.lower().items()}
         return [compiled[step] for step in self.steps]
 
@@ -104,14 +104,14 @@ def _of_sum(network: Network, state: State, data: Data) -> tuple[Any, Any]:
 
 
 def _of_loss_and_pull(network: Network, state: State, data: Data) -> tuple[Any, Any]:
-    """Plain L2-SP in one line, as it would be written without this library."""
+    """Returns the gradient of plain L2-SP, in one line without this library."""
     grads, stats = _of_loss(network, state, data)
     pull = data.pull.gradient(state.params)
     return jax.tree.map(lambda g, r: g + STRENGTH * r, grads, pull), stats
 
 
 def _of_loss_beside_pull(network: Network, state: State, data: Data) -> tuple[Any, Any]:
-    """The same two gradients as a pair, for what takes one."""
+    """Returns the same two gradients as a pair."""
     grads, stats = _of_loss(network, state, data)
     return GradientPair(grads, data.pull.gradient(state.params)), stats
 
@@ -131,7 +131,7 @@ def _pulled(**options: Any) -> Callable[[Data], optax.GradientTransformation]:
 
 
 def _by_layer(params: Any) -> Any:
-    """Labels of parameters: those of a layer share one."""
+    """Returns labels of parameters, one for each layer."""
     return {
         name: jax.tree.map(lambda _, name=name: name, layer)
         for name, layer in params.items()
@@ -189,7 +189,7 @@ OF_STEPS = tuple(name for name in METHODS if name not in (*OF_BLOOP, L2_SP_LABEL
 
 
 def program(network: Network, name: str) -> Program:
-    """Puts the step of one of `METHODS` together."""
+    """Builds the step of one of `METHODS`."""
     method = METHODS[name]
     data = Data(network.batch, regularizers.l2_sp(network.source_params, new=["head"]))
     sgd = optax.sgd(RATE, momentum=DECAY)
@@ -219,7 +219,7 @@ def _refreshing(
     optimizer: optax.GradientTransformation,
     refresh_every: int,
 ) -> Program:
-    """A step with `refreshed_gradient`, which takes the place of gradients."""
+    """Returns steps with `refreshed_gradient` in place of gradients."""
     resolved = dtnh_jax.refreshed_gradient(network.objective, STRENGTH, has_aux=True)
 
     def step_with(gradient: Callable[..., Any]) -> Callable[[State, Data], State]:
@@ -241,7 +241,7 @@ def _refreshing(
 
 
 def pair_of(network: Network) -> tuple[tuple[Any, Any], GradientPair]:
-    """Values and gradients of the two terms, for checks."""
+    """Returns values and gradients of the two terms, for checks."""
     value_and_pair = dtnh_jax.value_and_gradient_pair(network.objective, has_aux=True)
     (values, _), pair = jax.jit(value_and_pair)(
         network.params, network.batch_stats, network.batch

@@ -1,4 +1,4 @@
-"""Times of several things in turn, so that what slows one down slows all down."""
+"""Times several functions in turn, so that a slow phase affects all of them."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ Seconds = Mapping[str, Float[np.ndarray, " rounds"]]  # by name
 
 
 class Spread(NamedTuple):
-    """What a number comes to over the rounds of a run."""
+    """The median and the quartiles of a number over rounds."""
 
     median: float
     low: float  # the quartiles
@@ -25,20 +25,20 @@ def interleaved(
     warm_up: int = 2,
     pause: float = 0.0,
 ) -> dict[str, Float[np.ndarray, " rounds"]]:
-    """Calls everything once a round, in the same order.
+    """Calls every function once per round, in the same order.
 
     Args:
       calls: functions by name, each of which returns arrays to wait for.
-      rounds: how often each is called, at least 1.
-      warm_up: rounds before that do not count, for compilation.
-      pause: seconds of rest before every call, which do not count either: the threads
-        of one library may go on spinning for a while when their work is done.
+      rounds: number of rounds, at least 1.
+      warm_up: number of earlier rounds that do not count, for compilation.
+      pause: seconds of rest before every call, which do not count: the threads of a
+        library may spin for a while after their work.
 
     Returns:
       Seconds of every round, by name.
 
     Raises:
-      ValueError: if there is nothing to call, or no round.
+      ValueError: there are no functions, or no rounds.
 
     Example:
       >>> seconds = interleaved({"a": lambda: 0, "b": lambda: sum(range(9))}, rounds=3)
@@ -63,7 +63,7 @@ def interleaved(
 
 
 def spread(values: Float[np.ndarray, " rounds"]) -> Spread:
-    """The median and the middle half of some numbers.
+    """Returns the median and the middle half of numbers.
 
     Example:
       >>> print(*spread(np.array([1.0, 2.0, 3.0, 4.0, 9.0])))

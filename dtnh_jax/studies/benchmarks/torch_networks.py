@@ -1,6 +1,6 @@
-"""The benchmarks' networks in PyTorch, as functions of the weights that linen has.
+"""The benchmarks' networks in PyTorch, with the weights of the linen networks.
 
-PyTorch is imported when a network is asked for: it is an extra.
+PyTorch is imported on demand, because it is an extra.
 """
 
 # pyright: reportMissingImports=false
@@ -22,10 +22,10 @@ def translated(params: Any, batch_stats: Any) -> tuple[Forward, list[Any]]:
 
     Args:
       params: of `matrix.networks.ResNet8` or `benchmarks.encoder.Encoder`.
-      batch_stats: its statistics; copies of them are updated at every call.
+      batch_stats: its statistics; every call updates copies of them.
 
     Returns:
-      The network, and the tensors that are trained, copies too.
+      The network, and copies of the trained tensors.
     """
     trained = _tensors(params)
     for each in trained.values():
@@ -39,7 +39,7 @@ def translated(params: Any, batch_stats: Any) -> tuple[Forward, list[Any]]:
 
 
 def tensor(values: Any) -> Any:
-    """A copy of an array; images get their channels second, but last in memory."""
+    """Copies an array; images get channels as the second axis, but last in memory."""
     import torch
 
     made = torch.from_numpy(np.array(values))
@@ -127,7 +127,7 @@ def _dense(tensors: Tensors, name: str, x: Any) -> Any:
 
 
 def _same_pads(length: int, size: int, stride: int) -> tuple[int, int]:
-    """Before and after, as linen pads for "SAME".
+    """Returns linen's padding before and after for "SAME".
 
     Example:
       >>> _same_pads(29, 3, 2), _same_pads(28, 3, 2)

@@ -1,4 +1,4 @@
-"""The transformation alone, against what the machine needs to move its bytes."""
+"""Times of the transformation alone, relative to the time to move its bytes."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -20,13 +20,13 @@ _BLOCKS = 12
 _BYTES = 4  # of a number
 TARGET = 1.25  # of the floor, and of growth in proportion
 _COPY, _BY_HAND, _DTNH = "copy", "DTNH by hand", "DTNH"
-# How often memory is read or written once: by a copy; by the inner products of two
-# trees and their sum; and where one of the two is the difference of two more.
+# Passes over memory: of a copy; of the inner products of two trees and their sum; and
+# of the same if one of the trees is the difference of two others.
 _PASSES = {_COPY: 2, _BY_HAND: 5, _DTNH: 5, "L2-SP with DTNH": 7}
 
 
 def shapes(size: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of arrays with about `size` numbers in all, like those of a network.
+    """Returns shapes of arrays with about `size` numbers in total, like a network's.
 
     Example:
       >>> shapes(10_000)["in"], count(10_000)
@@ -43,15 +43,15 @@ def shapes(size: int) -> dict[str, tuple[int, ...]]:
 
 
 def count(size: int) -> int:
-    """How many numbers there are in `shapes(size)`."""
+    """Returns how many numbers `shapes(size)` have."""
     return sum(math.prod(shape) for shape in shapes(size).values())
 
 
 def contestants(size: int) -> dict[str, Callable[[], Any]]:
-    """What is timed at one size: a copy of a tree, and three transformations.
+    """Returns the timed functions of one size: a copy, and three transformations.
 
-    All write to memory that is there already, as in a training step whose buffers are
-    donated: asking the system for new memory takes longer than to fill it.
+    All write to existing memory, as in a training step with donated buffers, because an
+    allocation takes longer than to fill the memory.
     """
     rng = np.random.default_rng(0)
     loss, other, source = (
@@ -95,7 +95,7 @@ def contestants(size: int) -> dict[str, Callable[[], Any]]:
 def _repeated(
     function: Callable[..., Any], arguments: Sequence[Any], like: optax.Params
 ) -> Callable[[], Any]:
-    """Returns a call that writes updates where the one before has written them."""
+    """Returns a call that writes updates to the memory of the previous ones."""
     compiled = jax.jit(function, donate_argnums=0, keep_unused=True)
     out = jax.tree.map(jnp.zeros_like, like)
 
@@ -108,7 +108,7 @@ def _repeated(
 
 
 def measure(sizes: Sequence[int], rounds: int) -> list[Row]:
-    """Bytes moved a second, and times against the floor and the size before."""
+    """Measures bytes per second, and times relative to the floor and to other sizes."""
     ordered = sorted(sizes)
     numbers = {size: count(size) for size in ordered}
     calls = {
