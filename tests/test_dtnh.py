@@ -59,9 +59,8 @@ def test_gradients_of_any_two_scales(scope, structure):
 
 
 @each_scope
-@each_structure
-def test_pair_by_pair_and_not_compiled_it_is_the_same(scope, structure):
-    g, r = pairs(structure, count=100)
+def test_pair_by_pair_and_not_compiled_it_is_the_same(scope):
+    g, r = pairs("nested")
     compiled = of_scope(scope)(g, r)
     for i in range(5):
         here = [jax.tree.map(lambda x, i=i: x[i], tree) for tree in (compiled, g, r)]
