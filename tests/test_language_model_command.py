@@ -130,7 +130,7 @@ def test_the_report_has_a_row_for_everything_and_costs_for_what_was_trained(run_
     assert len(errors) == 6
     assert all(0 < error < 1 for error in errors)
     trusts = [x["trust"] for x in lines if x["method"] == "kl+never_hurt"]
-    assert all(0.01 <= trust <= 3 for trust in trusts)
+    assert all(0.0099 <= trust <= 3.01 for trust in trusts)  # in float32
     removed = [x["removed"] for x in lines if x["method"] == "kl+dtnh"]
     assert all(0 <= share <= 1 for share in removed)
 

@@ -13,7 +13,7 @@ from dtnh_jax.lm.experiment import Experiment
 from dtnh_jax.lm.methods import DECAY, DTNH, KL, LORA, METHODS, NEVER_HURT
 from dtnh_jax.lm.packing import Stream
 from dtnh_jax.studies.benchmarks.programs import exactly
-from dtnh_jax.studies.benchmarks.rows import Against, Row, one, timed
+from dtnh_jax.studies.benchmarks.rows import Row, one, timed
 from dtnh_jax.studies.benchmarks.timing import interleaved
 
 GROUP = "language"
@@ -103,24 +103,23 @@ def _steps(
 def _memory(subject: str, sizes: dict[str, float]) -> list[Row]:
     """Rows of what a step needs beside its arguments, as the compiler knows it."""
     # A plain step needs its activations, and little beside them.
-    double = Against(f"{KL} and {LORA}", lambda found: found[KL] + found[LORA], 1.0)
+    double = f"{KL} and {LORA}"
+    known = {**sizes, double: sizes.get(KL, 0.0) + sizes.get(LORA, 0.0)}
     against = {
-        KL: [one(LORA)],
-        _RESOLVED: [one(KL), double],
-        _LEARNED: [one(KL), double],
-        DECAY: [one(LORA)],
+        KL: [(LORA, None)],
+        _RESOLVED: [(KL, None), (double, 1.0)],
+        _LEARNED: [(KL, None), (double, 1.0)],
+        DECAY: [(LORA, None)],
     }
     rows = []
     for name, size in sizes.items():
         group = f"{GROUP}: temporary memory"
         row = Row(group, subject, name, exactly(size), "MB")
-        for other in against.get(name, ()):
-            ratio = exactly(size / other.seconds(sizes))
-            rows.append(
-                row._replace(against=other.label, ratio=ratio, target=other.target)
-            )
         if name not in against:
             rows.append(row)
+        for other, target in against.get(name, ()):
+            ratio = exactly(size / known[other])
+            rows.append(row._replace(against=other, ratio=ratio, target=target))
     return rows
 
 
