@@ -396,6 +396,7 @@ def test_the_command_writes_a_ratio_for_every_method(tmp_path, monkeypatch, caps
     assert all(row["value"] > 0 for row in found.values())
 
 
+@pytest.mark.e2e
 def test_steps_of_a_language_model(tmp_path, capsys):
     tiny_language_model.write_gguf(tmp_path / "tiny.gguf")
     for name, seed in (("target", 0), ("kept", 1)):

@@ -107,7 +107,7 @@ def test_export_writes_weights_and_card(run, tmp_path, capsys):
     results = results_of(run)
     numbers = results["methods"]["l2_sp+dtnh"]
     accuracy = numbers["accuracy"]
-    assert "Licence: pictures of your own" in card
+    assert "Licence: your own pictures" in card
     assert "Licence: none" in card  # of the tiny network
     assert (
         "l2_sp+dtnh: fine-tuned with the regularizer l2_sp, whose gradient is " in card

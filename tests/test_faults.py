@@ -241,7 +241,7 @@ def test_what_is_never_finite_again_stops_the_run(run, tmp_path, monkeypatch):
     assert status == 1
     assert err.startswith(
         "dtnh: training stopped at step 12: the gradient of the loss for head/bias, "
-        "or its update, holds numbers that are not finite, in 5 batches one after the"
+        "or its update, holds numbers that are not finite, in 5 consecutive batches"
     )
     assert err.count("\n") == 1
     lines = [json.loads(x) for x in (ours / "metrics.jsonl").read_text().splitlines()]

@@ -256,7 +256,7 @@ def test_studies_that_are_not_installed_are_in_the_repository(capsys, monkeypatc
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "dtnh_jax.studies", None)
     err = refused(capsys, "study")
-    assert err.startswith("dtnh: the study and the benchmarks are in the repository")
+    assert err.startswith("dtnh: the study and the benchmarks are only in the")
     monkeypatch.setattr(sys, "argv", ["benchmarks"])
     monkeypatch.delitem(sys.modules, "dtnh_jax.benchmarks", raising=False)
     with pytest.raises(SystemExit) as exit_info:

@@ -343,7 +343,7 @@ def test_thirty_photographs_of_each_of_three_classes(capsys, monkeypatch, tmp_pa
     out, err = capsys.readouterr()
     assert out == ""
     assert err == (
-        f"dtnh: {run_dir} holds a run on other pictures (mug had 30 and has 29): give "
+        f"dtnh: {run_dir} holds a run on other pictures (mug had 30 and has 29): set "
         "another `--run-dir`.\n"
     )
     assert (run_dir / "results.json").read_bytes() == before

@@ -199,7 +199,7 @@ def test_numbers_that_are_not_finite_stop_it(files, tmp_path, capsys):
         assert command(files, tmp_path / steps, *options) == 1
         err = capsys.readouterr().err
         assert err.count("\n") == 1
-        assert f"lora-seed0 came to numbers that are not finite {where}" in err
+        assert f"lora-seed0 has numbers that are not finite {where}" in err
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ FOLDER = pathlib.Path(__file__).parent.parent / "notebooks"
 NAMES = (
     "anatomy_of_conflict",
     "fine_tuning_flax",
+    "language_models",
     "never_hurts",
     "quickstart",
     "tpu_and_sharding",

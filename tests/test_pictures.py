@@ -97,7 +97,7 @@ def test_a_set_has_one_white(tmp_path):
     assert target.white == {"floats": 1.0, "integers": 4095.0}
     assert target.notes == (
         "2 pictures hold floats of more than 8 bits up to 0.875: 1 is used as white.",
-        "2 pictures hold integers of more than 8 bits up to 4000: 4095 is taken for "
+        "2 pictures hold integers of more than 8 bits up to 4000: 4095 is used as "
         "white.",
     )
     read = [target.examples[i]["image"][0, :, 0].tolist() for i in range(4)]

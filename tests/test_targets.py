@@ -89,14 +89,14 @@ def test_without_a_home_the_folder_for_data_has_to_be_given(monkeypatch, tmp_pat
     monkeypatch.setattr("pwd.getpwuid", unknown)
     with pytest.raises(ValueError, match=r"no home folder .* `--data-dir`, or set D"):
         targets.load_target("elpv")
-    with pytest.raises(ValueError, match=r"`~/data` begins with a home .* not known"):
+    with pytest.raises(ValueError, match=r"`~/data` begins with an unknown home"):
         targets.load_target("elpv", data_dir="~/data")
     pictures.folders(tmp_path, ["a", "b"], 2)
     assert len(targets.load_target(f"folder:{tmp_path}").labels) == 4
     directories.keep_compiled(Config())  # nothing is kept
     for options in ({"run_dir": "~/run"}, {"data_dir": "~/data"}):
         places = {key: pathlib.Path(path) for key, path in options.items()}
-        with pytest.raises(ValueError, match="begins with a home folder"):
+        with pytest.raises(ValueError, match="begins with an unknown home"):
             check(Config(**places))
 
 

@@ -152,19 +152,17 @@ def with_equimo(names: Names):
     for _ in names["losses"]:
         _, (g, r) = gradients(params, teacher, x, y)
         conflicts += dot(g, r) < 0
-        d = resolved(g, times(0.1, r))
-        expected = minus(params, times(0.3, d))
+        d = resolved(g, times(0.01, r))
+        expected = minus(params, times(0.1, d))
         params, state, _ = names["step"](params, state, teacher, x, y)
         near(params, expected, atol=1e-5)
     assert conflicts > 5
     near(names["params"], params, atol=1e-4)
     assert names["losses"][-1] < names["losses"][0] - 0.05
-    found = eqx.combine(params, names["static"])
-    assert np.all(np.isfinite(jax.vmap(lambda image: found(image, names["key"]))(x)))
 
     source, _ = eqx.partition(teacher, eqx.is_inexact_array)
     tx = add_regularizer(l2_sp(source, new=["head"]), 0.1)
-    update, _ = tx.update(g, tx.init(params), params)
+    update, _ = jax.jit(tx.update)(g, tx.init(params), params)
     moved = minus(params, source)
     moved = eqx.tree_at(lambda tree: tree.head, moved, params.head)
     near(update, resolved(g, times(0.1, moved)), atol=1e-5)

@@ -1,4 +1,4 @@
-"""Cells: a method at a strength with a seed, trained, measured and written down."""
+"""Trains and measures cells, each a method at a strength with a seed."""
 
 import json
 import statistics
@@ -26,11 +26,11 @@ from dtnh_jax.lm.step import State
 
 
 class NotFiniteError(ArithmeticError):
-    """Training has come to numbers that are not finite."""
+    """Losses or gradients of a training are not finite."""
 
 
 class Cell(NamedTuple):
-    """One training, or what is made of another's result."""
+    """One training, or a change of another one's result."""
 
     method: Method
     strength: float
@@ -38,14 +38,14 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Names files, and lines of metrics."""
+        """The name in files and lines of metrics."""
         has_strength = self.method.strengths != (0.0,)
         strength = f"-{self.strength:g}" if has_strength else ""
         return f"{self.method.name}{strength}-seed{self.seed}"
 
 
 def all_cells(experiment: Experiment) -> list[Cell]:
-    """All cells of a run, each after the one it starts from."""
+    """Returns all cells of a run, each after the cell whose result it uses."""
     config = experiment.config
     methods = sorted(
         (METHODS[name] for name in config.methods),
@@ -62,7 +62,7 @@ def all_cells(experiment: Experiment) -> list[Cell]:
 def run_cells(
     experiment: Experiment, folder: Folder, console: Console
 ) -> list[dict[str, Any]]:
-    """Runs the cells that are not complete; returns the results of all."""
+    """Runs incomplete cells; returns the results of all cells."""
     cells, steps = all_cells(experiment), experiment.config.steps
     results = []
     with (
@@ -83,7 +83,7 @@ def run_cells(
 
 
 def base_result(experiment: Experiment, folder: Folder) -> dict[str, Any]:
-    """What the base model measures."""
+    """Returns the measurements of the base model."""
     result = folder.result("base")
     if result is None:
         adapters = networks.scaled(initial_adapters(experiment, 0), 0.0)
@@ -126,7 +126,7 @@ def _train(
     display: progress.Display,
     received: list[int],
 ) -> tuple[Tree, dict[str, Any]]:
-    """Returns trained adapters, and what a step took."""
+    """Returns trained adapters, and time and memory of a step."""
     config = experiment.config
     _, programs = experiment.trainers[cell.method.name]
     state = initial_state(experiment, cell)
@@ -172,7 +172,7 @@ def _train(
 
 
 def initial_state(experiment: Experiment, cell: Cell) -> State:
-    """What the training of a cell starts from."""
+    """Returns the initial state of a cell's training."""
     trainer, _ = experiment.trainers[cell.method.name]
     init = jax.jit(
         lambda adapters: meshes.constrain(
@@ -185,7 +185,7 @@ def initial_state(experiment: Experiment, cell: Cell) -> State:
 def _check_finite(numbers: Mapping[str, float], cell: Cell, when: str) -> None:
     if not np.isfinite(list(numbers.values())).all():
         raise NotFiniteError(
-            f"{cell.name} came to numbers that are not finite {when}: give a lower "
+            f"{cell.name} has numbers that are not finite {when}: set a lower "
             "`--learning-rate` or strength"
         )
 
@@ -199,7 +199,7 @@ def _timed(program: Program, args: Any, memory: list[int]) -> tuple[Any, float]:
 
 
 def _batches(experiment: Experiment, cell: Cell) -> Iterator[tuple[Any, Any]]:
-    """Yields the rows of every step, and held-out ones where a method wants them."""
+    """Yields the rows of every step, and held-out rows if the method needs them."""
     config, splits = experiment.config, experiment.splits
     train = Stream(splits.train, config.batch_size, cell.seed)
     held_out = Stream(splits.held_out, config.batch_size, cell.seed)
@@ -217,7 +217,7 @@ def _path(folder: Folder, method: str, seed: int, strength: float) -> Any:
 
 
 def _save(folder: Folder, cell: Cell, adapters: Tree) -> None:
-    """Keeps trained adapters, by the paths of their leaves."""
+    """Saves trained adapters by the paths of their leaves."""
     path = _path(folder, cell.method.name, cell.seed, cell.strength)
     path.parent.mkdir(exist_ok=True)
     named = {_key(at): x for at, x in jax.tree.leaves_with_path(adapters)}
@@ -229,7 +229,7 @@ def _key(path: Any) -> str:
 
 
 def _load(experiment: Experiment, folder: Folder, cell: Cell) -> Tree:
-    """The adapters that another method has trained with the same seed."""
+    """Loads the adapters of another method with the same seed."""
     after = METHODS[str(cell.method.after)]
     named = load_file(_path(folder, after.name, cell.seed, after.strengths[0]))
     like = experiment.network.adapters

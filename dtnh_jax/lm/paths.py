@@ -1,8 +1,8 @@
-"""What methods forget at the same target loss: on paths of target and kept losses.
+"""Compares forgetting at the same target loss, on paths of target and kept losses.
 
-A method's path has a point for each of its strengths and, as its strength 0, that of
-plain adapters. WiSE-FT's goes on to the base model. Between points, in the order of
-their target losses, it is a straight line; beyond them it is not known.
+A method's path has a point for each of its strengths, and that of plain adapters as
+strength 0. WiSE-FT's path also has the base model. Between points, in the order of
+their target losses, the path is a straight line; beyond them it is undefined.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,16 +21,16 @@ SHARES = (0.5, 0.75, 0.9)
 def above(
     method: str, cell: Losses, base: Losses, cells: Sequence[Losses]
 ) -> float | None:
-    """The kept loss of a cell, minus a method's at the same target loss.
+    """Returns a cell's kept loss minus that of a method at the same target loss.
 
     Args:
-      method: the one to compare with.
-      cell: its seed is compared alone.
-      base: what the base model measures.
-      cells: of all methods and seeds.
+      method: the method to compare with.
+      cell: the cell; only its seed is compared.
+      base: measurements of the base model.
+      cells: results of all methods and seeds.
 
     Returns:
-      Nats per token, or None where the method's path does not come there.
+      Nats per token, or None if the method's path does not reach that target loss.
     """
     path = _path(method, cell["seed"], base, cells)
     kept = _at(path, cell["target_loss"], "kept_loss")
@@ -40,12 +40,12 @@ def above(
 def at_shares(
     methods: Sequence[str], base: Losses, cells: Sequence[Losses]
 ) -> dict[str, list[dict[str, Any]]]:
-    """What every method forgets where it has gained a share of what adapters gain.
+    """Returns each method's forgetting at shares of the gain of plain adapters.
 
     Returns:
-      By method, for each of `SHARES`: estimates over seeds of the target loss, of what
-      is forgotten (the kept loss minus the base model's) and of the KL on what may be
-      forgotten; None where the path of a seed does not come there.
+      By method, for each of `SHARES`: estimates over seeds of the target loss, of
+      forgetting (the kept loss minus the base model's) and of the KL on the kept text;
+      None if the path of a seed does not reach that share.
     """
     plain = [cell for cell in cells if cell["method"] == LORA]
     found = {}
@@ -91,7 +91,7 @@ def _path(name: str, seed: int, base: Losses, cells: Sequence[Losses]) -> list[L
 
 
 def _at(path: Sequence[Losses], target: float, key: str) -> float | None:
-    """What a path comes to at a target loss."""
+    """Returns a path's value at a target loss, or None."""
     points = sorted((point["target_loss"], point.get(key)) for point in path)
     if len(points) < 2 or not points[0][0] <= target <= points[-1][0]:
         return None

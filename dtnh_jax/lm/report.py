@@ -1,4 +1,4 @@
-"""From results to `report.md`, a table and a figure."""
+"""Writes `report.md`, tables and a figure from results."""
 
 import json
 import pathlib
@@ -17,7 +17,7 @@ _FIGURE = "forgetting.png"
 
 
 def introduction(experiment: Experiment, path: pathlib.Path) -> list[str]:
-    """What is about to be done, with what, and under which licences."""
+    """Returns lines on the model, texts, sizes and licences of a run."""
     config, model = experiment.config, experiment.model
     rows = experiment.splits
     return [
@@ -51,7 +51,7 @@ def _figure(results: dict[str, Any]) -> Any:
 
 
 def losses(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """A table's header, and a row for every method at every strength."""
+    """Returns a table's header, and a row for every method at every strength."""
     header = ["method", "strength", "target loss", "kept loss", "forgotten"]
     header += ["KL target", "KL kept", f"vs {WISE_FT}", f"vs {KL} sum"]
     base = results["base"]
@@ -69,7 +69,7 @@ def losses(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def at_shares(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """A table's header, and a row of what every method forgets at target losses."""
+    """Returns a table's header, and a row of forgetting at target losses per method."""
     header, body = ["method"], []
     for name, each in results["at_shares"].items():
         line = [name]
@@ -85,7 +85,7 @@ def at_shares(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def costs(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """A table's header, and a row for every method that is trained."""
+    """Returns a table's header, and a row for every trained method."""
     header = ["method", "seconds a step", f"to {LORA}", f"to {KL} sum"]
     header += ["memory (MB)", f"to {LORA}", f"to {KL} sum"]
     body = []
@@ -116,7 +116,7 @@ def _times(ratio: float | None) -> str:
 
 
 def notes(results: dict[str, Any]) -> list[str]:
-    """What the numbers of the table are, in full sentences."""
+    """Returns sentences that explain the numbers of the tables."""
     config, texts = results["config"], results["texts"]
     seeds = config["seeds"]
     names = dict.fromkeys(row["method"] for row in results["rows"])
@@ -161,7 +161,7 @@ def notes(results: dict[str, Any]) -> list[str]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The report."""
+    """Returns the report."""
     machine = results["machine"]
     options = json.dumps(results["config"], indent=1)
     parts = [

@@ -1,4 +1,4 @@
-"""From the results of all cells to what `results.json` holds."""
+"""Summarizes the results of all cells: the content of `results.json`."""
 
 import json
 import pathlib
@@ -26,7 +26,7 @@ def summarize(
     cells: Sequence[Cell],
     path: pathlib.Path,
 ) -> dict[str, Any]:
-    """Returns what `results.json` holds.
+    """Returns the content of `results.json`.
 
     Args:
       config: of the run.

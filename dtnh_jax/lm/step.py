@@ -1,4 +1,4 @@
-"""One training step, compiled before the first: so its time and memory are known."""
+"""The training step, compiled ahead of time, so that its time and memory are known."""
 
 import functools
 from collections.abc import Callable
@@ -22,7 +22,7 @@ _SEEN = ("cosine", "removed", "trust")  # of `conflict_metrics`, of both gradien
 
 
 class State(NamedTuple):
-    """What training changes."""
+    """The state of training."""
 
     adapters: Tree
     optimizer: optax.OptState

@@ -75,14 +75,14 @@ def groups(shapes: Sequence[tuple[int, ...]], scope: str) -> Groups:
 
 
 def grams(norms: Sequence[float], cosines: Sequence[float]) -> Gram:
-    """Gram matrices of all pairs with these norms and cosines, in single precision."""
+    """Returns Gram matrices of all pairs with these norms and cosines, in float32."""
     g, r, cosine = (x.ravel() for x in np.meshgrid(norms, norms, cosines))
     rows = [[g * g, g * r * cosine], [g * r * cosine, r * r]]
     return np.array(rows, np.float32).astype(np.float64).transpose(2, 0, 1)
 
 
 def rules() -> dict[str, Callable[[Gram], Weights]]:
-    """The weights of every rule, by its name."""
+    """Returns functions that compute the weights of rules, by name."""
     return {
         "weighted_sum": lambda gram: np.ones(gram.shape[:-1]),
         "dtnh": lambda gram: _stack(1 + _along(gram, 0, True), 1),
@@ -104,19 +104,19 @@ def _stack(g, r) -> Weights:
 
 
 def _along(gram: Gram, of: int, conflicts_only: bool = False) -> np.ndarray:
-    """How much of one gradient has to be added to be rid of the other along it."""
+    """Returns the multiple of one gradient that cancels the other along it."""
     inner = gram[..., 0, 1]
     inner = np.minimum(0, inner) if conflicts_only else inner
     return -inner / gram[..., of, of]
 
 
 def _pcgrad(gram: Gram) -> Weights:
-    """Each is projected in turn: g off r, r off g, and both are added."""
+    """Projects `g` away from `r` and `r` away from `g`, and adds both."""
     return _stack(1 + _along(gram, 0, True), 1 + _along(gram, 1, True))
 
 
 def _into_cone(gram: Gram, weights: Weights) -> Weights:
-    """The nearest point with no conflict, by the four sets of active constraints."""
+    """Returns the nearest point without conflict, by the four active sets."""
     best = np.full(weights.shape, np.nan)
     least = np.full(weights.shape[:-1], np.inf)
     for active in ((), (0,), (1,), (0, 1)):
@@ -137,7 +137,7 @@ def _into_cone(gram: Gram, weights: Weights) -> Weights:
 
 
 def _minimize(function: Callable[[np.ndarray], np.ndarray], size: int) -> np.ndarray:
-    """The argument in [0, 1] of the least value, of many convex functions at once."""
+    """Returns the minimizers in [0, 1] of many convex functions at once."""
     low, high = np.zeros(size), np.ones(size)
     golden = (np.sqrt(5) - 1) / 2
     for _ in range(90):
@@ -148,7 +148,7 @@ def _minimize(function: Callable[[np.ndarray], np.ndarray], size: int) -> np.nda
 
 
 def _cagrad(gram: Gram, c: float = 0.5) -> Weights:
-    """The dual problem of the paper: with two gradients it has one unknown."""
+    """Solves the dual problem of the paper, which has one unknown for two gradients."""
     ones = np.ones(gram.shape[:-1])
     radius = c * np.sqrt(_square(gram, ones))
 
@@ -168,7 +168,7 @@ def _mgda(gram: Gram) -> Weights:
 
 
 def _imtl_g(gram: Gram) -> Weights:
-    """Equal projections on both unit gradients, of weights that sum to 2."""
+    """Solves for equal projections on both unit gradients, with weights of sum 2."""
     norms = np.sqrt(np.einsum("nii->ni", gram))
     unit = gram / norms[:, :, None]
     rows = np.stack([unit[:, 0] - unit[:, 1], np.ones((len(gram), 2))], 1)
@@ -176,7 +176,7 @@ def _imtl_g(gram: Gram) -> Weights:
 
 
 def _nash_mtl(gram: Gram) -> Weights:
-    """`w * (G @ w) = ||G||`: the least of `1/2 w G w - ||G|| log w`, by Newton."""
+    """Solves `w * (G @ w) = ||G||`: minimizes `1/2 w G w - ||G|| log w` by Newton."""
     norms = np.sqrt(np.einsum("nii->ni", gram))
     size = np.sqrt(np.sum(gram**2, axis=(1, 2)))
     unit = gram / norms[:, :, None] / norms[:, None, :]

@@ -1,4 +1,4 @@
-"""Pairs of gradients for the checks: any angle, any scale, and all that is special."""
+"""Pairs of gradients for the checks: all angles, all scales, and special cases."""
 
 from typing import Any, NamedTuple
 
@@ -15,28 +15,28 @@ Flat = list[np.ndarray]  # a flat array of every leaf, in double precision
 
 
 class Pair(NamedTuple):
-    """Two gradients, as they are after rounding to the dtype under test."""
+    """Two gradients, rounded to the dtype under test."""
 
     g: Flat
     r: Flat
 
 
 def rounded(g: Flat, r: Flat, dtype: Any) -> Pair:
-    """Rounds to a dtype, and returns what is left in double precision."""
+    """Rounds to a dtype, and returns the result in double precision."""
     return Pair(
         *[[x.astype(dtype).astype(np.float64) for x in leaves] for leaves in (g, r)]
     )
 
 
 def leaves(flat: Flat, shapes: tuple[tuple[int, ...], ...], dtype: Any) -> list[Any]:
-    """The arrays of one gradient, on the device."""
+    """Returns the arrays of one gradient, on the device."""
     return [
         jnp.asarray(x.reshape(shape).astype(dtype)) for x, shape in zip(flat, shapes)
     ]
 
 
 def ordinary(seed: int, count: int, dtype: Any, shapes: Any = SHAPES) -> list[Pair]:
-    """Normal numbers at scales from 0.001 to 1000, in conflict and not."""
+    """Returns normal gradients at scales from 0.001 to 1000, in conflict and not."""
     rng = np.random.default_rng(seed)
     return [
         rounded(_normal(rng, shapes), _normal(rng, shapes), dtype) for _ in range(count)
@@ -44,7 +44,7 @@ def ordinary(seed: int, count: int, dtype: Any, shapes: Any = SHAPES) -> list[Pa
 
 
 def special(seed: int, count: int, dtype: Any) -> list[Pair]:
-    """Opposite gradients, and zeros in one leaf or in all."""
+    """Returns opposite gradients, and gradients with zeros in one leaf or in all."""
     rng = np.random.default_rng(seed)
     made = []
     for number in range(count):
@@ -63,7 +63,7 @@ def special(seed: int, count: int, dtype: Any) -> list[Pair]:
 
 
 def agreeing(seed: int, count: int, dtype: Any) -> list[Pair]:
-    """Gradients that agree in every number, so at every scope."""
+    """Returns gradients that agree in every entry, so at every scope."""
     rng = np.random.default_rng(seed)
     made = []
     for _ in range(count):
@@ -74,7 +74,7 @@ def agreeing(seed: int, count: int, dtype: Any) -> list[Pair]:
 
 
 def extreme(seed: int, count: int, dtype: Any) -> list[Pair]:
-    """Gradients of which every number is 1e-18, or all together 1e18, or about 1."""
+    """Returns gradients with entries of 1e-18, with norms of 1e18, or about 1."""
     rng = np.random.default_rng(seed)
     made = []
     for number in range(count):
@@ -85,7 +85,7 @@ def extreme(seed: int, count: int, dtype: Any) -> list[Pair]:
 
 
 def overflowing(seed: int, count: int, dtype: Any) -> list[Pair]:
-    """Ordinary pairs, in which one leaf of one gradient has squares out of range."""
+    """Returns ordinary pairs, with overflowing squares in a leaf of one gradient."""
     rng = np.random.default_rng(seed)
     made = []
     for number in range(count):
@@ -102,7 +102,7 @@ def _normal(rng: np.random.Generator, shapes: Any) -> Flat:
 
 
 def _at(rng: np.random.Generator, scale: float) -> Flat:
-    """Numbers between 1 and 2 of either sign, at a scale."""
+    """Returns numbers of both signs with magnitudes between 1 and 2, times a scale."""
     numbers = [
         rng.uniform(1, 2, int(np.prod(shape))) * rng.choice([-1, 1])
         * rng.choice([-1, 1], int(np.prod(shape)))

@@ -1,4 +1,4 @@
-"""Programs that are compiled ahead of time, many at once."""
+"""Compiles many programs ahead of time, in parallel."""
 
 import collections
 import threading
@@ -11,7 +11,7 @@ import jax
 
 
 class Program(NamedTuple):
-    """A function `(state, data) -> (state, report)`, and the shapes that it is for."""
+    """A function `(state, data) -> (state, report)`, and its arguments' shapes."""
 
     key: tuple[str, ...]
     function: Callable[[Any, Any], tuple[Any, Any]]
@@ -47,7 +47,7 @@ def compiled(program: Program) -> Compiled:
 
 
 def memory(call: Any) -> dict[str, int]:
-    """The memory that XLA has planned, in bytes; empty where it does not tell."""
+    """Returns the memory that XLA plans, in bytes; empty if it is not reported."""
     analysis = call.memory_analysis()
     if analysis is None:
         return {}
@@ -71,11 +71,11 @@ def compile_all(
     """Compiles programs in threads, in their order, until the time is over.
 
     Args:
-      programs: those that `found` has already are left out.
-      found: gets a `Compiled` for each, or the reason why there is none.
-      workers: how many are compiled at once.
-      seconds: how long to wait. What is not ready by then goes on in the background
-        and is not used.
+      programs: the programs; those in `found` are left out.
+      found: gets a `Compiled` for each program, or the reason for its absence.
+      workers: number of programs that are compiled at once.
+      seconds: time limit. Later compilations continue in the background and are not
+        used.
     """
     waiting = collections.deque(p for p in programs if p.key not in found)
     keys = [program.key for program in waiting]

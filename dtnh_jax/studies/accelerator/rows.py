@@ -1,4 +1,4 @@
-"""The results: a list of rows that is on disk after every change, and a table."""
+"""The results: a list of rows, written to disk after every change, and a table."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ _COLUMNS = (
 
 @dataclasses.dataclass
 class Row:
-    """One measurement, or the reason why there is none."""
+    """One measurement, or the reason for its absence."""
 
     group: str
     name: str
@@ -42,23 +42,23 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What the row is found by."""
+        """The key of the row."""
         return self.group, self.name, self.dtype
 
     def timed(self, seconds: list[float]) -> None:
-        """Notes the time of a step over the rounds."""
+        """Records the time of a step over the rounds."""
         self.milliseconds = spread([1e3 * each for each in seconds])
         self.rounds = len(seconds)
         self.skipped = None
 
 
 def ratios(ours: list[float], theirs: list[float]) -> Spread:
-    """How much longer one thing takes than another, round by round."""
+    """Returns the ratio of two times, round by round."""
     return spread([a / b for a, b in zip(ours, theirs, strict=True)])
 
 
 class Results:
-    """All rows, and the files that they are in."""
+    """All rows and their files."""
 
     def __init__(
         self, folder: pathlib.Path, about: Mapping[str, Any], name: str = "results"
@@ -70,7 +70,7 @@ class Results:
         folder.mkdir(parents=True, exist_ok=True)
 
     def plan(self, rows: Iterable[Row]) -> None:
-        """Lists rows before they are measured, so that none is ever dropped."""
+        """Lists rows before measurement, so that none is lost."""
         for row in rows:
             self.rows.setdefault(row.key, row)
         self.write()
@@ -80,12 +80,12 @@ class Results:
         return self.rows.setdefault((group, name, dtype), Row(group, name, dtype))
 
     def skip(self, row: Row, reason: str) -> None:
-        """Notes why a row could not be measured."""
+        """Records why a row could not be measured."""
         row.skipped = reason
         self.write()
 
     def brief(self) -> str:
-        """A line for each group and name, short enough for the end of a log."""
+        """Returns a line for each group and name, short enough for the end of a log."""
         lines: dict[tuple[str, str], list[str]] = {}
         for row in self.rows.values():
             lines.setdefault((row.group, row.name), []).append(_brief(row))
@@ -95,7 +95,7 @@ class Results:
         )
 
     def write(self) -> None:
-        """Writes the JSON file and the Markdown file, each in one piece."""
+        """Writes the JSON file and the Markdown file atomically."""
         content = {
             "about": self.about,
             "rows": [dataclasses.asdict(row) for row in self.rows.values()],
@@ -109,7 +109,7 @@ class Results:
 
 
 def markdown(about: Mapping[str, Any], rows: Iterable[Row]) -> str:
-    """Renders a heading, a table for each group, and what was skipped."""
+    """Returns a heading, a table for each group, and the skipped rows."""
     rows = list(rows)
     lines = ["# On an accelerator", ""]
     lines += [f"- {name}: {value}" for name, value in about.items()]

@@ -1,4 +1,4 @@
-"""Training steps with a regularizer: how each takes and resolves its gradients."""
+"""Training steps with a regularizer, by several methods."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -26,11 +26,11 @@ _PULL_STRENGTH = 0.01
 
 
 class Task(NamedTuple):
-    """A network, its data on the host, and what is trained."""
+    """A network, its data on the host, and its trained parameters."""
 
     name: str
     dtype: str
-    penalty: str  # what the regularizer of features or outputs is called
+    penalty: str  # name of the regularizer of features or outputs
     params: Any
     aux: Any  # such as batch statistics
     make_data: Callable[[], Any]
@@ -39,11 +39,11 @@ class Task(NamedTuple):
     held_out: Callable[[Any, Any, Any], Any]  # -> error on held-out examples
     optimizer: optax.GradientTransformation
     strength: float
-    with_pull: bool  # whether L2-SP makes sense for what is trained
+    with_pull: bool  # whether L2-SP makes sense for the trained parameters
 
 
 class State(NamedTuple):
-    """What a step changes."""
+    """The state of training."""
 
     params: Any
     aux: Any
@@ -51,7 +51,7 @@ class State(NamedTuple):
 
 
 class _Method(NamedTuple):
-    """How a step is made: of the start of its optimizer and its functions."""
+    """The initial state of a method's optimizer, and its functions."""
 
     init: Callable[[Any], Any]  # host parameters -> state of the optimizer
     steps: tuple[Callable[[State, Any], Any], ...]
@@ -59,7 +59,7 @@ class _Method(NamedTuple):
 
 
 def names(task: Task) -> dict[str, str]:
-    """The names of a task's rows by what they are, in order."""
+    """Returns the names of a task's rows by method, in order."""
     rows = {"plain": PLAIN}
     if task.with_pull:
         rows |= {"pull sum": PULL_SUM, "pull DTNH": PULL_DTNH}
@@ -72,7 +72,7 @@ def names(task: Task) -> dict[str, str]:
 
 
 def contest(task: Task, methods: tuple[str, ...]) -> Contest:
-    """The rows of some methods, keys of `names(task)`, of one task."""
+    """Returns the contest of a task's methods, which are keys of `names(task)`."""
     titles = names(task)
     of_task = task.make_data()
     # Another point, so that there is a pull.
@@ -115,7 +115,7 @@ def _start(task: Task, method: _Method) -> State:
 
 
 def _made(task: Task, method: str) -> _Method:
-    """Returns a method's steps, or raises where it cannot be."""
+    """Returns a method's steps, or raises if the task does not support it."""
     if method == "refreshed":
         return _refreshed(task)
     if method == "plain":
@@ -134,7 +134,7 @@ def _made(task: Task, method: str) -> _Method:
     if method == "DTNH":
         tx = optax.chain(dtnh_jax.dtnh(task.strength), task.optimizer)
         return _simple(task, _of_pair, lambda data: tx)
-    # What a trust that is learned from held-out examples costs: one backward pass more.
+    # The cost of trust from held-out examples: one more backward pass.
     tx = optax.chain(dtnh_jax.dtnh(task.strength, max_ratio=1.0), task.optimizer)
     return _simple(task, _of_pair, lambda data: tx, held_out=True)
 
@@ -145,7 +145,7 @@ def _simple(
     optimizer: Callable[[Any], Any],
     held_out: bool = False,
 ) -> _Method:
-    """A method whose step takes gradients and gives them to an optimizer."""
+    """Returns a method whose step passes gradients to an optimizer."""
 
     def init(params):
         # The source of a pull is no part of the state.
@@ -175,7 +175,7 @@ def _of_loss(task: Task, state: State, data: Any) -> tuple[Any, Any, Any]:
 
 
 def _of_loss_and_pull(task: Task, state: State, data: Any) -> tuple[Any, Any, Any]:
-    """Plain L2-SP in one line, as it would be written without this library."""
+    """Returns the gradient of plain L2-SP, in one line without this library."""
     loss, grads, aux = _of_loss(task, state, data)
     pull = data["pull"].gradient(state.params)
     return loss, jax.tree.map(lambda g, r: g + _PULL_STRENGTH * r, grads, pull), aux
@@ -197,7 +197,7 @@ def _of_pair(task: Task, state: State, data: Any) -> tuple[Any, Any, Any]:
 
 
 def _refreshed(task: Task) -> _Method:
-    """One step that measures, and seven that reuse its weights."""
+    """Returns a method of one step that measures, and seven that reuse its weights."""
     refreshed = dtnh_jax.refreshed_gradient(task.objective, task.strength, has_aux=True)
 
     def init(params):
@@ -217,7 +217,7 @@ def _refreshed(task: Task) -> _Method:
 
 
 def _note(row: Row, seconds: list[float], runs: Mapping[str, Steps]) -> None:
-    """Adds the last loss: where it is not finite, times mean little."""
+    """Adds the last loss; if it is not finite, times mean little."""
     del seconds
     row.more["loss"] = float(runs[row.name].report)
     if in_use := peak_in_use():

@@ -1,4 +1,4 @@
-"""The whole study in order of importance, within its time limit."""
+"""Runs the whole study in order of importance, within a time limit."""
 
 import pathlib
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ _ALL = (*_CORE, *_EXTRA[3:])
 
 
 class Scale(NamedTuple):
-    """How large everything is."""
+    """The sizes of networks, data and contests."""
 
     copied: int = 400_000_000
     side: int = 8192
@@ -61,15 +61,15 @@ TINY = Scale(
 
 
 class Wave(NamedTuple):
-    """What is compiled together, and what is timed then."""
+    """Programs that are compiled together, and then timed."""
 
     compiled: list[Contest]
     timed: list[Contest]
-    least: float  # seconds without which it is not worth while to begin
+    least: float  # seconds that must be left to start
 
 
 def has_accelerator() -> bool:
-    """Whether JAX's default device is another than the host."""
+    """Returns whether JAX's default device is not the host."""
     return jax.default_backend() != "cpu"
 
 
@@ -82,16 +82,16 @@ def run(
     dtypes: Sequence[str] = devices.DTYPES,
     rest: bool = False,
 ) -> Results:
-    """Runs all waves, and writes results to a folder as they come.
+    """Runs all waves, and writes results to a folder after each.
 
     Args:
-      folder: for the results.
-      seconds: how long it may take. Rows that no longer fit are listed as skipped.
-      workers: how many programs are compiled at once.
-      scale: how large everything is.
-      dtypes: of parameters and gradients.
-      rest: begin with what a run that is cut off leaves: refreshed weights, held-out
-        gradients and small sizes.
+      folder: folder for the results.
+      seconds: time limit. Rows that no longer fit are listed as skipped.
+      workers: number of programs that are compiled at once.
+      scale: the sizes of everything.
+      dtypes: dtypes of parameters and gradients.
+      rest: start with the rows that an interrupted run lacks: refreshed weights,
+        held-out gradients and small sizes.
     """
     clock = Clock(seconds)
     limits = {"seconds": seconds, "compiled at once": workers}
@@ -219,9 +219,9 @@ def _alone(
     clock: Clock,
     count: int,
 ) -> None:
-    """Compiles once more, one after the other, what tells the price of a compilation.
+    """Compiles programs again, one at a time, to measure the time of a compilation.
 
-    It takes whatever time is left; what has been tuned before is not tuned again.
+    Uses the remaining time; kernels that are already tuned are not tuned again.
     """
     order = [each for wave in waves[1:3] for each in wave.timed[::-1]]
     jobs = [(each, program) for each in order for program in each.programs()]
@@ -244,7 +244,7 @@ def _alone(
 def _measure(
     each: Contest, found: programs.Found, results: Results, seconds: float
 ) -> None:
-    """Measures a contest; what goes wrong is the result of its rows."""
+    """Measures a contest; an exception becomes the result of its rows."""
     try:
         contest.measure(each, found, results, seconds)
     except Exception as error:  # out of memory, say: the next may fit
