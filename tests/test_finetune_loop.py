@@ -235,11 +235,10 @@ def test_batch_statistics_do_not_depend_on_the_method(batches):
 
 @pytest.mark.parametrize("name", ["l2_sp+dtnh", "feature_map+dtnh"])
 def test_scope_changes_what_is_in_conflict(name, batches):
-    of_scope = {}
-    for scope in ("global", "element"):
-        made = new_trainer(
-            METHODS[name].regularizer, Config(methods=(name,), scope=scope), 4
-        )
+    of_scope, config = {}, Config(methods=(name,), scope="element")
+    by_element = new_trainer(METHODS[name].regularizer, config, 4)
+    assert Config().scope == "global"
+    for scope, made in (("global", None), ("element", by_element)):
         _, lines = train(name, batches, 0.1, made=made)
         of_scope[scope] = [float(line["conflict"]) for line in lines]
     assert set(of_scope["global"]) <= {0.0, 1.0}

@@ -100,7 +100,7 @@ def _steps(
     return calls, sizes
 
 
-def _memory(subject: str, sizes: dict[str, float]) -> list[Row]:
+def _memory(subject: str, sizes: dict[str, Any]) -> list[Row]:
     """Rows of what a step needs beside its arguments, as the compiler knows it."""
     # A plain step needs its activations, and little beside them.
     double = f"{KL} and {LORA}"
