@@ -70,7 +70,7 @@ def never_hurt(
     ways to use them:
 
     - **Few examples**: set `trust` to the choice of `choose_trust`, which
-      cross-validates: 1 to use the regularizer, 0 to do without it.
+      cross-validates: 0.5 to use the regularizer, 0 to do without it.
     - **Many examples, one pass**: leave `trust` out and pass `held_out_grads`, the
       gradient of a loss on examples that are not trained on, at every step or every
       few steps. Trust rises while the moving average of the cosine of that gradient

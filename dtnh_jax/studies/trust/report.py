@@ -28,11 +28,13 @@ TITLES = {
 }
 # Variants of `never_hurt` that lack one of its parts.
 INGREDIENTS = {
-    "trust": "never_hurt: trust 1 if it is clearly better by smooth accuracy, else 0",
-    "trust-by-any-lead": "trust 1 if it is better, clearly or not",
+    "trust": "never_hurt: trust 0.5 if clearly better by smooth accuracy, else 0",
+    "trust-of-one": "trust 1 or 0",
+    "trust-of-both": "trust 1, 0.5 or 0",
+    "trust-by-any-lead": "trust 0.5 if it is better, clearly or not",
     "trust-by-accuracy": "judged by plain accuracy",
     "trust-by-probability": "judged by the probability of the label",
-    "trust-one-fold": "trust 1 if it is better by plain accuracy on one fold",
+    "trust-one-fold": "trust 1, 0.5 or 0 by plain accuracy on one fold",
     "sum": "the sum, its strength by plain accuracy on one fold",
 }
 _OURS, _SUM, _OTHERS = "#c2410c", "#1d4ed8", "#64748b"
