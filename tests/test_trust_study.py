@@ -132,14 +132,19 @@ def test_rivals_choose_on_the_first_fold_and_trust_races_over_all():
     worse = numbers([1.0], [40.0], [["1100"]])
     assert choice.outcome_of("sum", plain, worse).values == [0.0]
     # On the first fold it leads, on all of them plain fine-tuning does.
-    ours = numbers([1.0], [70.0], [["1110", "0001", "0001", "1000"]])
+    ours = numbers([0.5], [70.0], [["1110", "0001", "0001", "1000"]])
     found = choice.outcome_of("trust", plain, ours)
     assert found.values == [0.0]
     assert found.axes["target"] == [50.0]
     assert found.trainings == [1 + 2 + 2 + 2]  # the fourth fold is not needed
     # More levels are looked at than race.
-    more = numbers([1.0, 3.0], [70.0, 90.0], [["1111"] * 4, ["1111"] * 4])
-    assert choice.outcome_of("trust", plain, more).values == [1.0]
+    more = numbers([0.5, 1.0], [70.0, 90.0], [["1111"] * 4, ["1111"] * 4])
+    assert choice.outcome_of("trust", plain, more).values == [0.5]
+    assert choice.outcome_of("trust-of-one", plain, more).values == [1.0]
+    # A lead of one in four is not clear, and trusted only where any lead will do.
+    close = numbers([0.5], [70.0], [["1110", "1111", "1111", "1111"]])
+    assert choice.outcome_of("trust", plain, close).values == [0.0]
+    assert choice.outcome_of("trust-by-any-lead", plain, close).values == [0.5]
 
 
 def test_a_loss_within_the_margin_has_to_be_shown():
