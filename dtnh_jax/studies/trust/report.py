@@ -38,6 +38,7 @@ INGREDIENTS = {
     "sum": "the sum, its strength by plain accuracy on one fold",
 }
 _OURS, _SUM, _OTHERS = "#c2410c", "#1d4ed8", "#64748b"
+_LABEL = 5.0  # points of help between labels
 
 
 def tables(found: dict[str, Any]) -> str:
@@ -137,11 +138,15 @@ def help_and_harm(found: dict[str, Any]) -> Figure:
     """Plots help kept against the change in cells without help, a point per method."""
     figure = Figure((7.5, 5), layout="constrained")
     plot = figure.subplots()
-    for name, row in found["methods"].items():
-        if name not in TITLES or row["help_kept"] is None or row["elsewhere"] is None:
-            continue
-        x, y = row["elsewhere"], 100 * row["help_kept"]
-        _point(plot, name, x, y)
+    points = [
+        (100 * row["help_kept"], row["elsewhere"], name)
+        for name, row in found["methods"].items()
+        if name in TITLES and None not in (row["help_kept"], row["elsewhere"])
+    ]
+    height = -np.inf
+    for y, x, name in sorted(points):
+        height = max(y + 1, height + _LABEL)
+        _point(plot, name, x, y, height)
     plot.axhline(100, color="0.85", zorder=0)
     plot.axvline(0, color="0.85", zorder=0)
     plot.set_xlabel("Change where no strength helps (points of target accuracy)")
@@ -151,17 +156,19 @@ def help_and_harm(found: dict[str, Any]) -> Figure:
     return figure
 
 
-def _point(plot: Plot, name: str, x: float, y: float) -> None:
+def _point(plot: Plot, name: str, x: float, y: float, height: float) -> None:
+    """Draws a method, with its label at a height that no other label has."""
     color = _OURS if name == "trust" else _OTHERS
     plot.scatter([x], [y], s=70 if name == "trust" else 35, color=color, zorder=3)
     plot.annotate(
         TITLES[name].partition(",")[0],
         (x, y),
-        textcoords="offset points",
-        xytext=(6, 5),
+        xytext=(x + 0.12, height),
+        va="center",
         fontsize=9,
         color=color,
         weight="bold" if name == "trust" else "normal",
+        arrowprops={"arrowstyle": "-", "color": "0.8", "lw": 0.7, "shrinkA": 0},
     )
 
 
