@@ -309,7 +309,7 @@ def instead_of_weight_decay(names: Names):
     assert float(loss(names["params"], x, y)) < 0.6 * float(loss(start, x, y))
 
 
-def how_far_to_trust_it(names: Names):
+def whether_to_trust(names: Names):
     start, fit, choice = names["pretrained"], names["fit"], names["choice"]
     x, y, order = (names[name] for name in ("x", "y", "batches"))
     fresh = np.random.default_rng(1).standard_normal((1000, 32)).astype(np.float32)
@@ -533,7 +533,7 @@ CHECKS = {
     "Continual learning: protect the old task": continual_learning,
     "An optimizer that is built before the parameters": built_before_the_parameters,
     "Instead of weight decay": instead_of_weight_decay,
-    "How far to trust it": how_far_to_trust_it,
+    "Whether to trust a regularizer": whether_to_trust,
     "Porting a PyTorch script with L2-SP": porting_from_pytorch,
     "NNX": with_nnx,
     "Language models: a KL to the base model": with_a_kl,

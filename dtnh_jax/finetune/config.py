@@ -21,12 +21,12 @@ from dtnh_jax.finetune.regularizers import REGULARIZERS
 
 _DEFAULT_STEPS, _DEFAULT_EPOCHS = 36, 12
 # For a target whose pictures are known; `splitting.sizes` counts those of the others.
-_OF_ELPV = {
+OF_ELPV = {
     "train_per_class": 50,
     "validation_per_class": 100,
     "test_per_class": 300,
 }
-_OF_TARGET = {"elpv": _OF_ELPV, "elpv-doubtful": _OF_ELPV}
+_OF_TARGET = {"elpv": OF_ELPV, "elpv-doubtful": OF_ELPV}
 _DEFAULT_RATES = {"sgd": 0.01, "adamw": 0.001}
 # Options for files and devices. They change results only by rounding, so a run may
 # resume with other values of them.

@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from dtnh_jax.finetune import directories
+from dtnh_jax.finetune.config import OF_ELPV
 from dtnh_jax.finetune.data import elpv, loading
 from dtnh_jax.finetune.data.class_folders import load_folder
 from dtnh_jax.finetune.data.pictures import UnreadableError, read_picture
@@ -98,7 +99,7 @@ def _load_doubtful_elpv(data_dir: pathlib.Path) -> Target:
     stored, probability = _read_elpv(data_dir, "all")
     labels = (probability > 0.5).astype(int)
     certain = np.flatnonzero((probability == 0) | (probability == 1))
-    kept = {"validation_per_class": 100, "test_per_class": 300}
+    kept = {name: OF_ELPV[name] for name in ("validation_per_class", "test_per_class")}
     rarest = int(np.bincount(labels[certain]).min())
     own = loading.split(
         labels[certain], seed=0, train_per_class=rarest - sum(kept.values()), **kept

@@ -112,6 +112,7 @@ class Method(NamedTuple):
 
 METHODS = {
     "sum": Method(STRENGTHS),
+    # The recipe uses 0.5 alone; 1 shows why.
     "trust": Method((0.5, 1.0), all_folds=True),
     "one-pass": Method((1.0,), has_held_out=True),
     "dtnh": Method(STRENGTHS[:3]),
@@ -126,3 +127,5 @@ METHODS = {
     "wise-ft": Method((0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), is_alone=True),
     "early": Method((0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), is_alone=True),
 }
+# Those whose values all come from the one training of plain fine-tuning.
+OF_PLAIN = ("wise-ft", "early")

@@ -15,7 +15,7 @@ from scipy import special
 from dtnh_jax import smooth_accuracy
 from dtnh_jax.linen import capture_features
 from dtnh_jax.studies.trust import catalogue, measure, tasks
-from dtnh_jax.studies.trust.catalogue import FOLDS, METHODS, PAIRS
+from dtnh_jax.studies.trust.catalogue import FOLDS, METHODS, OF_PLAIN, PAIRS
 from dtnh_jax.studies.trust.networks import NETWORKS
 from dtnh_jax.studies.trust.training import Data, make_trainer, train
 
@@ -255,7 +255,7 @@ def missing(
         for name, method in METHODS.items()
         if method.is_alone == (cell.regularizer is None)
         and name not in found["methods"]
-        and (not wanted or name in wanted or name in ("early", "wise-ft"))
+        and (not wanted or name in wanted or name in OF_PLAIN)
     ]
 
 

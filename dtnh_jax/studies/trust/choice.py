@@ -6,12 +6,11 @@ import numpy as np
 from jaxtyping import Float
 
 from dtnh_jax._choose_trust import LEVELS, race
+from dtnh_jax.studies.trust.catalogue import OF_PLAIN
 from dtnh_jax.studies.trust.measure import AXES
 
 # A method's result: `values`, axes `[V][S]`, `right` `[V][S][folds]`.
 Found = dict[str, Any]
-# Trainings that a rival costs beside those of its values: on all examples at the end.
-_FREE = ("wise-ft", "early")  # one training has all values
 
 
 class Race(NamedTuple):
@@ -85,7 +84,7 @@ def _chosen(name: str, plain: Found, found: Found, seed: int) -> tuple[int, int]
         best = 0.0 if is_out else alive[0]
         return values.index(best), sum(map(len, by_level.values()))
     totals = [each[0].sum() for each in scores]
-    return int(np.argmax(totals)), 1 if name in _FREE else len(scores)
+    return int(np.argmax(totals)), 1 if name in OF_PLAIN else len(scores)
 
 
 def _numbers(folds: list[Any]) -> list[Float[np.ndarray, " n"]]:

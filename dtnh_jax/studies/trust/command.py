@@ -11,12 +11,7 @@ import tyro
 
 from dtnh_jax import _files
 from dtnh_jax.finetune import directories, shell
-from dtnh_jax.studies.trust.catalogue import (
-    LEARNING_RATES,
-    METHODS,
-    PAIRS,
-    REGULARIZERS,
-)
+from dtnh_jax.studies.trust.catalogue import PAIRS
 from dtnh_jax.studies.trust.config import Config, check
 
 _FIRST_SEED = {"choosing": 0, "final": 500}
@@ -33,13 +28,7 @@ def run(argv: Sequence[str]) -> int:
     """
     config = tyro.cli(Config, prog="dtnh study", args=list(argv))
     try:
-        free = ("early", "wise-ft")  # of one training, plain fine-tuning's
-        check(
-            config,
-            list(LEARNING_RATES),
-            list(REGULARIZERS),
-            [name for name in METHODS if name not in free],
-        )
+        check(config)
         pairs = [
             name
             for name, pair in PAIRS.items()

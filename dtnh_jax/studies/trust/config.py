@@ -2,8 +2,14 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Collection
 from typing import Literal
+
+from dtnh_jax.studies.trust.catalogue import (
+    LEARNING_RATES,
+    METHODS,
+    OF_PLAIN,
+    REGULARIZERS,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,19 +43,11 @@ class Config:
     """Folder for sources and data. By default DTNH_DATA_DIR, or the user's cache."""
 
 
-def check(
-    config: Config,
-    optimizers: Collection[str],
-    regularizers: Collection[str],
-    methods: Collection[str],
-) -> None:
+def check(config: Config) -> None:
     """Checks the options.
 
     Args:
       config: the options.
-      optimizers: names of the known optimizers.
-      regularizers: names of the known regularizers.
-      methods: names of the known methods.
 
     Raises:
       ValueError: an option is out of range or unknown.
@@ -57,9 +55,9 @@ def check(
     if config.seeds < 2:
         raise ValueError(f"`--seeds` must be at least 2, got {config.seeds}.")
     all_known = {
-        "optimizers": optimizers,
-        "regularizers": regularizers,
-        "methods": methods,
+        "optimizers": LEARNING_RATES,
+        "regularizers": REGULARIZERS,
+        "methods": [name for name in METHODS if name not in OF_PLAIN],
     }
     for option, known in all_known.items():
         for name in getattr(config, option):

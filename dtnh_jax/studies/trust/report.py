@@ -38,7 +38,7 @@ INGREDIENTS = {
     "sum": "the sum, its strength by plain accuracy on one fold",
 }
 _OURS, _SUM, _OTHERS = "#c2410c", "#1d4ed8", "#64748b"
-_LABEL = 5.0  # points of help between labels
+_LABEL_SPACING = 5.0  # percentage points of help kept
 
 
 def tables(found: dict[str, Any]) -> str:
@@ -145,7 +145,7 @@ def help_and_harm(found: dict[str, Any]) -> Figure:
     ]
     height = -np.inf
     for y, x, name in sorted(points):
-        height = max(y + 1, height + _LABEL)
+        height = max(y + 1, height + _LABEL_SPACING)
         _point(plot, name, x, y, height)
     plot.axhline(100, color="0.85", zorder=0)
     plot.axvline(0, color="0.85", zorder=0)
